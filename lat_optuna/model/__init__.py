@@ -1,0 +1,1 @@
+"""Drop-and-Restore on unmodified transformers models."""

@@ -1,0 +1,1 @@
+"""Length configurations as an Optuna multi-objective study."""
