@@ -1,0 +1,515 @@
+"""The Pareto front of a study: area under it, hypervolume, and the point for a budget (paper: sections 2.3 and 3.2)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from lat_optuna.length_config import LengthConfig
+
+if TYPE_CHECKING:
+    import optuna
+    import pandas as pd
+
+    from lat_optuna.model.checkpoint import FrontPoint, SideFile
+
+MetricAndCost: TypeAlias = tuple[float, float]
+"""``(metric, cost)``: the metric in percent, up is better; FLOPs as a fraction of the dense model's, down is better."""
+
+TOLERANCE = 1e-9
+"""Costs are quotients: the smallest configuration may land this far below its own bound."""
+
+# ---------------------------------------------------------------------- arithmetic of fronts
+
+
+def non_dominated(points: Iterable[MetricAndCost]) -> list[int]:
+    """Indices of the points that no other point beats, in rising cost.
+
+    A point is beaten by one that is at least as good in both and better in one. Of equal points the first stays.
+    """
+    pairs = list(points)
+    front: list[int] = []
+    best = -math.inf
+    for index in sorted(range(len(pairs)), key=lambda i: (pairs[i][1], -pairs[i][0], i)):
+        if pairs[index][0] > best:
+            best = pairs[index][0]
+            front.append(index)
+    return front
+
+
+def hypervolume(points: Iterable[MetricAndCost], reference: MetricAndCost = (0.0, 1.0)) -> float:
+    """Area that the points dominate, up to a reference point.
+
+    Args:
+        points: ``(metric, cost)`` pairs; those that do not beat the reference in both add nothing.
+        reference: ``(metric, cost)``, the worst of both.
+
+    Returns:
+        Area in units of metric times cost. Adding a point never lowers it.
+    """
+    floor, ceiling = reference
+    pairs = [(metric, cost) for metric, cost in points if metric > floor and cost < ceiling]
+    area, before = 0.0, floor
+    for index in non_dominated(pairs):
+        metric, cost = pairs[index]
+        area += (metric - before) * (ceiling - cost)
+        before = metric
+    return area
+
+
+def auc(points: Iterable[MetricAndCost], low: float, high: float = 1.0) -> float:
+    """Area under the front, normalised over cost: the mean metric that a budget in ``[low, high]`` buys (Figure 4).
+
+    The front is the step function "best metric among points that cost at most c". Where no point is cheap enough it
+    is 0, so that adding a point never lowers the area. Points below ``low`` were never trained for (extrapolated) and
+    points above ``high`` are no use: neither counts.
+
+    Args:
+        points: ``(metric, cost)`` pairs, dominated ones included or not.
+        low: Cost of the smallest configuration that training reached, ``smallest(p)``.
+        high: Cost of the dense model.
+
+    Returns:
+        A figure in the metric's unit (percent); 0 without points.
+
+    Raises:
+        ValueError: ``low`` does not lie below ``high``.
+    """
+    if not low < high:
+        raise ValueError(f"the area under the front needs low < high, not low={low}, high={high}")
+    inside = [(metric, max(cost, low)) for metric, cost in points if low - TOLERANCE <= cost <= high + TOLERANCE]
+    return hypervolume(inside, (0.0, high)) / (high - low)
+
+
+def standard_error(metric: float, examples: int) -> float:
+    """Standard error, in percent, of an accuracy of ``metric`` percent over ``examples`` independent examples."""
+    if examples < 1:
+        raise ValueError(f"a standard error needs at least 1 example, not {examples}")
+    return math.sqrt(max(0.0, metric * (100.0 - metric)) / examples)
+
+
+# ---------------------------------------------------------------------- points
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated configuration.
+
+    Attributes:
+        lengths: The configuration's lengths, layer by layer.
+        metric: The task's metric, up is better.
+        cost: FLOPs as a fraction of the dense model's.
+        number: Number of the trial, where there is one.
+        generation: Generation of the search that drew it, 0 for the initial population.
+        operation: How it was drawn: ``"constant ratio"``, ``"mutation"``, ``"crossover"``.
+        parents: Trial numbers of its parents.
+        seconds: Wall time of the evaluation.
+        extra: Anything else that was measured, by name: ``{"latency_ms": 12.3}``.
+    """
+
+    lengths: tuple[int, ...]
+    metric: float
+    cost: float
+    number: int | None = None
+    generation: int | None = None
+    operation: str | None = None
+    parents: tuple[int, ...] = ()
+    seconds: float | None = None
+    extra: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        """The configuration's text form, ``"128-110-96"``."""
+        return "-".join(map(str, self.lengths))
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How far the search was when a generation ended (Figure 4).
+
+    Attributes:
+        number: The generation, 0 for the initial population.
+        trials: Finished trials of this generation and the earlier ones.
+        auc: Area under the front of those trials.
+        hypervolume: Their hypervolume against ``(0, 1)``.
+    """
+
+    number: int
+    trials: int
+    auc: float
+    hypervolume: float
+
+
+def points_of(study: optuna.Study) -> list[Point]:
+    """Every complete trial of a study as a point, in order of their numbers.
+
+    Args:
+        study: A study of ours, or any whose first two objectives are a metric to maximise and a cost to minimise and
+            whose parameters are ``length_01 ... length_L``. Further objectives become ``extra``.
+
+    Raises:
+        ValueError: The objectives or the parameters are others.
+    """
+    directions = [direction.name for direction in study.directions]
+    if directions[:2] != ["MAXIMIZE", "MINIMIZE"]:
+        raise ValueError(
+            f"study {study.study_name!r} has the objectives {', '.join(directions).lower()}; a front needs a metric to "
+            "maximise, then a cost to minimise"
+        )
+    names = objective_names(study)
+    points = []
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state.name != "COMPLETE" or not all(map(math.isfinite, trial.values)):
+            continue
+        layers = sum(name.startswith("length_") for name in trial.params)
+        if not layers:
+            raise ValueError(f"trial {trial.number} of study {study.study_name!r} has no parameters length_01, ...")
+        bounds = (getattr(trial.distributions[name], "high", 0) for name in trial.params if name.startswith("length_"))
+        config = LengthConfig.from_parameters(trial.params, layers, max(bounds))
+        attrs = trial.user_attrs
+        generation, operation, seconds = attrs.get("generation"), attrs.get("operation"), attrs.get("seconds")
+        extra = dict(zip(names[2:], trial.values[2:], strict=True))
+        if isinstance(attrs.get("latency_ms"), int | float):
+            extra["latency_ms"] = float(attrs["latency_ms"])
+        points.append(
+            Point(
+                lengths=config.lengths,
+                metric=float(trial.values[0]),
+                cost=float(trial.values[1]),
+                number=trial.number,
+                generation=int(generation) if isinstance(generation, int | float) else None,
+                operation=None if operation is None else str(operation),
+                parents=tuple(attrs.get("parents") or ()),
+                seconds=float(seconds) if isinstance(seconds, int | float) else None,
+                extra=extra,
+            )
+        )
+    return points
+
+
+def objective_names(study: optuna.Study) -> list[str]:
+    """Names of a study's objectives, as set on it or ``metric, flops_ratio, objective_3, ...``."""
+    fallback = ["metric", "flops_ratio", *(f"objective_{i}" for i in range(3, len(study.directions) + 1))]
+    return list(study.metric_names or fallback[: len(study.directions)])
+
+
+def generations(points: Sequence[Point], low: float, high: float = 1.0) -> list[Generation]:
+    """Area under the front and hypervolume after each generation (Figure 4).
+
+    Points without a generation (drawn by another sampler, say) count as one generation of their own.
+
+    Args:
+        points: All evaluated points.
+        low: Cost of the smallest configuration that training reached.
+        high: Cost of the dense model.
+    """
+    by_generation: dict[int, list[MetricAndCost]] = {}
+    for point in points:
+        by_generation.setdefault(point.generation or 0, []).append((point.metric, point.cost))
+    result: list[Generation] = []
+    front: list[MetricAndCost] = []
+    trials = 0
+    for number in sorted(by_generation):
+        trials += len(by_generation[number])
+        seen = [*front, *(pair for pair in by_generation[number] if pair[1] >= low - TOLERANCE)]
+        front = [seen[index] for index in non_dominated(seen)]
+        result.append(Generation(number, trials, auc(front, low, high), hypervolume(front)))
+    return result
+
+
+# ---------------------------------------------------------------------- the front
+
+
+@dataclass(frozen=True)
+class Front:
+    """The Pareto front of evaluated configurations.
+
+    Attributes:
+        points: Points that no other beats, in rising cost. Costs lie at or above ``low``.
+        evaluated: All points that were measured at or above ``low``, in order of their trials.
+        extrapolated: The best points below ``low``, in rising cost: smaller than anything that training reached.
+        metric: Name of the metric.
+        max_length: ``l_0`` of every configuration.
+        low: Cost of the smallest configuration that training reached, ``smallest(p)``; ``None`` if unknown.
+    """
+
+    points: tuple[Point, ...]
+    evaluated: tuple[Point, ...]
+    extrapolated: tuple[Point, ...]
+    metric: str
+    max_length: int
+    low: float | None = None
+
+    @classmethod
+    def from_points(cls, points: Iterable[Point], metric: str, max_length: int, low: float | None = None) -> Front:
+        """The front of evaluated points; see the class for the arguments."""
+        everything = tuple(points)
+        bound = -math.inf if low is None else low - TOLERANCE
+        inside = tuple(point for point in everything if point.cost >= bound)
+        below = tuple(point for point in everything if point.cost < bound)
+        return cls(_best(inside), inside, _best(below), metric, max_length, low)
+
+    @classmethod
+    def of(cls, study: optuna.Study, low: float | None = None) -> Front:
+        """The front of a study's complete trials; empty before the first of them.
+
+        Args:
+            study: See :func:`points_of`, also for what is raised. Further objectives than metric and cost are kept
+                beside the points and do not shape the front.
+            low: Cost of the smallest configuration that training reached; by default what the study says of it.
+        """
+        points = points_of(study)
+        if low is None:
+            low = study.user_attrs.get("low")
+        highs = (
+            getattr(distribution, "high", 0)
+            for trial in study.get_trials(deepcopy=False)
+            for name, distribution in trial.distributions.items()
+            if name.startswith("length_")
+        )
+        return cls.from_points(points, objective_names(study)[0], max(highs, default=0), low)
+
+    @classmethod
+    def of_side_file(cls, side: SideFile, low: float | None = None) -> Front:
+        """The front that lies in a checkpoint."""
+        points = [Point(p.lengths, p.metric, p.cost, extra=dict(p.extra)) for p in side.front]
+        return cls.from_points(points, side.metric or "metric", side.max_length, low)
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    @property
+    def pairs(self) -> list[MetricAndCost]:
+        """``(metric, cost)`` of the front's points."""
+        return [(point.metric, point.cost) for point in self.points]
+
+    def auc(self, high: float = 1.0) -> float:
+        """Area under the front between ``low`` (by default the cheapest point) and ``high``; see :func:`auc`."""
+        if not self.points:
+            return 0.0
+        return auc(self.pairs, self.points[0].cost if self.low is None else self.low, high)
+
+    # ------------------------------------------------------------------ choosing
+
+    def pick(
+        self,
+        *,
+        budget: float | None = None,
+        latency_ms: float | None = None,
+        max_drop: float | None = None,
+        dense: float | None = None,
+    ) -> Point:
+        """The point for a budget.
+
+        With ``max_drop`` the cheapest point that is good enough, otherwise the most accurate one that is cheap enough.
+        Conditions add up; without any, the most accurate point.
+
+        Args:
+            budget: At most this fraction of the dense model's FLOPs.
+            latency_ms: At most this latency, where latencies were measured (``extra["latency_ms"]``).
+            max_drop: At most this much worse than ``dense``, in the metric's unit; 0 is "without loss".
+            dense: Metric of the dense model that ``max_drop`` refers to.
+
+        Raises:
+            ValueError: The front is empty, no point meets the conditions (the message says what the nearest one
+                has), or a condition makes no sense.
+        """
+        if not self.points:
+            raise ValueError("the front is empty: no configuration has been evaluated yet; run the search first")
+        if budget is not None and not budget > 0:
+            raise ValueError(f"the budget is a fraction of the dense model's FLOPs above 0, not {budget:g}")
+        if max_drop is not None:
+            if not max_drop >= 0:
+                raise ValueError(f"the largest drop is at least 0, not {max_drop:g}")
+            if dense is None:
+                raise ValueError("a largest drop refers to the dense model's metric, which is not known here")
+        # A latency does not follow FLOPs exactly: beaten points may be faster.
+        candidates = list(self.points)
+        if latency_ms is not None:
+            measured = [point for point in self.evaluated if "latency_ms" in point.extra]
+            if not measured:
+                raise ValueError("no latencies were measured in this study; pick by a budget of FLOPs instead")
+            candidates = [point for point in measured if point.extra["latency_ms"] <= latency_ms]
+            if not candidates:
+                fastest = min(point.extra["latency_ms"] for point in measured)
+                raise ValueError(f"no point runs within {latency_ms:g} ms; the fastest needs {fastest:.2f} ms")
+        if budget is not None:
+            cheapest = min(point.cost for point in candidates)
+            candidates = [point for point in candidates if point.cost <= budget + TOLERANCE]
+            if not candidates:
+                raise ValueError(
+                    f"no point costs at most {budget:g} of the dense model's FLOPs; the smallest costs {cheapest:.4f}"
+                )
+        if max_drop is None:
+            return max(candidates, key=lambda point: (point.metric, -point.cost))
+        assert dense is not None
+        best = max(point.metric for point in candidates)
+        candidates = [point for point in candidates if point.metric >= dense - max_drop - TOLERANCE]
+        if not candidates:
+            raise ValueError(
+                f"no point reaches {dense - max_drop:.2f} {self.metric} ({dense:.2f} of the dense model less "
+                f"{max_drop:g}); the best has {best:.2f}"
+            )
+        return min(candidates, key=lambda point: (point.cost, -point.metric))
+
+    # ------------------------------------------------------------------ for programs
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The front's points as plain values, for tables and programs."""
+        return [
+            {
+                "trial": point.number,
+                self.metric: point.metric,
+                "flops_ratio": point.cost,
+                "configuration": point.text,
+                "generation": point.generation,
+                "operation": point.operation,
+                **point.extra,
+            }
+            for point in self.points
+        ]
+
+    def to_frame(self) -> pd.DataFrame:
+        """The front as a :class:`pandas.DataFrame`, one row a point in rising cost."""
+        import pandas
+
+        return pandas.DataFrame(self.rows(), columns=_columns(self.rows()) or None)
+
+    def to_json(self) -> str:
+        """The front as a JSON document: metric, ``max_length``, ``low`` and a list of points."""
+        document = {"metric": self.metric, "max_length": self.max_length, "low": self.low, "points": self.rows()}
+        return json.dumps(document, indent=1)
+
+    def to_csv(self) -> str:
+        """The front as CSV with a heading."""
+        rows = self.rows()
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _columns(rows), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def side_points(self) -> tuple[FrontPoint, ...]:
+        """The front as it goes into a checkpoint's side file."""
+        from lat_optuna.model.checkpoint import FrontPoint
+
+        return tuple(FrontPoint(point.lengths, point.metric, point.cost, dict(point.extra)) for point in self.points)
+
+
+def _best(points: Sequence[Point]) -> tuple[Point, ...]:
+    return tuple(points[index] for index in non_dominated([(point.metric, point.cost) for point in points]))
+
+
+def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
+# ---------------------------------------------------------------------- what the front is compared with
+
+BASELINES_FILE = "baselines.json"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's figure without a search.
+
+    Attributes:
+        metric: The task's metric, in percent.
+        cost: FLOPs as a fraction of the dense model's.
+        ratio: Share that every layer drops; 0 is the dense model.
+        lengths: The configuration; empty for the dense model.
+    """
+
+    metric: float
+    cost: float = 1.0
+    ratio: float = 0.0
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """What a study's front is compared with, and what was run (Figure 2, Table 1).
+
+    Attributes:
+        metric: Name of the metric.
+        standard: The plainly fine-tuned model, dense, then at constant ratios in falling cost.
+        length_adaptive: The length-adaptive model, likewise.
+        examples: Number of evaluation examples, for the standard error of an accuracy.
+        model: The encoder, as people call it.
+        data: Data set, split and number of rows.
+        protocol: How inputs are counted and cut: ``"real lengths, relative retention"``.
+        hardware: Where it ran.
+        about: Anything else worth stating, in order: seeds, epochs, package versions, wall times.
+    """
+
+    metric: str
+    standard: tuple[Measured, ...] = ()
+    length_adaptive: tuple[Measured, ...] = ()
+    examples: int | None = None
+    model: str = ""
+    data: str = ""
+    protocol: str = ""
+    hardware: str = ""
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def dense(self, which: str = "standard") -> Measured | None:
+        """The dense model among ``"standard"`` or ``"length_adaptive"``, where it was measured."""
+        return next((point for point in getattr(self, which) if point.ratio == 0), None)
+
+
+def write_baselines(folder: str | os.PathLike[str], baselines: Baselines) -> Path:
+    """Write ``baselines.json`` into a study's folder, atomically."""
+    path = Path(folder) / BASELINES_FILE
+    partial = path.with_suffix(".json.partial")
+    document = {"format": FORMAT, **asdict(baselines), "about": dict(baselines.about)}
+    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+    return path
+
+
+def read_baselines(folder: str | os.PathLike[str]) -> Baselines | None:
+    """Read ``baselines.json``, or ``None`` where a study has none.
+
+    Raises:
+        ValueError: The file is not JSON, of another format, or holds something impossible; the message names it.
+    """
+    path = Path(folder) / BASELINES_FILE
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"format {content['format']!r}, this version reads format {FORMAT}")
+        examples = content["examples"]
+        return Baselines(
+            metric=str(content["metric"]),
+            standard=_curve(content["standard"]),
+            length_adaptive=_curve(content["length_adaptive"]),
+            examples=None if examples is None else int(examples),
+            model=str(content["model"]),
+            data=str(content["data"]),
+            protocol=str(content["protocol"]),
+            hardware=str(content["hardware"]),
+            about={str(key): str(value) for key, value in content["about"].items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path} is not a valid {BASELINES_FILE}: {what}") from error
+
+
+def _curve(points: Sequence[Mapping[str, Any]]) -> tuple[Measured, ...]:
+    curve = []
+    for p in points:
+        point = Measured(float(p["metric"]), float(p["cost"]), float(p["ratio"]), tuple(map(int, p["lengths"])))
+        if not (math.isfinite(point.metric) and point.cost > 0 and 0 <= point.ratio < 1):
+            raise ValueError(f"{point} is impossible: the metric must be finite, cost > 0 and 0 <= ratio < 1")
+        curve.append(point)
+    return tuple(curve)
