@@ -1,0 +1,499 @@
+"""The evolutionary search over length configurations (paper: section 3.2) as an Optuna sampler.
+
+Needs only optuna and ``length_config``. Nothing here keeps state that matters: a proposal is a function of the seed,
+the slot and the trials that are visible. What is kept between calls only saves reading them again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+import random
+import re
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from optuna.distributions import BaseDistribution, IntDistribution
+from optuna.samplers import BaseSampler, RandomSampler
+from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from lat_optuna.length_config import LengthConfig, Retention, parameter_names
+
+Cost = Callable[[LengthConfig], float]
+
+OPERATION_ATTEMPTS = 64
+"""Draws of a slot's own operation before anything else within the trained range will do."""
+RANDOM_ATTEMPTS = 192
+"""Draws by LengthDrop before the space is searched for what is left of it."""
+CACHED_GENERATIONS = 3
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A finished trial as a possible parent.
+
+    Attributes:
+        slot: Its place in the plan.
+        number: Its number in the study.
+        config: What was evaluated.
+        metric: Up is better.
+        cost: Down is better.
+    """
+
+    slot: int
+    number: int
+    config: LengthConfig
+    metric: float
+    cost: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """What to evaluate in a slot, and where it comes from.
+
+    Attributes:
+        config: The configuration.
+        generation: 0 for the initial population.
+        operation: ``"constant ratio"``, ``"mutation"``, ``"crossover"`` or ``"random"``.
+        parents: Trial numbers of the parents.
+    """
+
+    config: LengthConfig
+    generation: int
+    operation: str
+    parents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """The layout of a search: which slot belongs to which generation and operation (section 3.2).
+
+    Slots ``0..num_initial-1`` hold the initial population, from the full model to ``smallest(p)``. Every later
+    generation is ``num_mutations`` mutations, then ``num_crossovers`` crossovers.
+
+    Args:
+        num_layers: ``L``.
+        max_length: ``l_0``.
+        retention: As in :class:`LengthConfig`.
+        seed: Of every draw.
+        p: LengthDrop probability of the training: no proposal costs less than ``smallest(p)``.
+        num_initial: Constant-ratio configurations of the initial population, at least 2.
+        num_mutations: ``n_m``.
+        num_crossovers: ``n_c``.
+        mutation_prob: ``p_m``.
+        cost: Configuration to number, rising with every length; by default the sum of the lengths.
+    """
+
+    num_layers: int
+    max_length: int
+    retention: Retention = "relative"
+    seed: int = 0
+    p: float = 0.2
+    num_initial: int = 22
+    num_mutations: int = 30
+    num_crossovers: int = 30
+    mutation_prob: float = 0.5
+    cost: Cost | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p < 1:
+            raise ValueError(f"p must lie in [0, 1), not {self.p}")
+        if not 0 <= self.mutation_prob <= 1:
+            raise ValueError(f"mutation_prob must lie in [0, 1], not {self.mutation_prob}")
+        if self.num_initial < 2:
+            raise ValueError(
+                f"num_initial must be at least 2 (the full and the smallest model), not {self.num_initial}"
+            )
+        if min(self.num_mutations, self.num_crossovers) < 0 or self.num_mutations + self.num_crossovers < 1:
+            raise ValueError(
+                "num_mutations and num_crossovers must not be negative, and one of them at least 1; "
+                f"they are {self.num_mutations} and {self.num_crossovers}"
+            )
+        LengthConfig.full(self.num_layers, self.max_length, self.retention)
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that decides what a slot holds, the cost apart: part of a study's identity."""
+        names = ("num_layers", "max_length", "retention", "seed", "p")
+        sizes = ("num_initial", "num_mutations", "num_crossovers", "mutation_prob")
+        return {name: getattr(self, name) for name in names + sizes}
+
+    # ------------------------------------------------------------------ layout
+
+    @property
+    def generation_size(self) -> int:
+        """Slots of every generation but the initial one."""
+        return self.num_mutations + self.num_crossovers
+
+    def generation_of(self, slot: int) -> int:
+        """The generation that a slot belongs to; the initial population is 0."""
+        return 0 if slot < self.num_initial else 1 + (slot - self.num_initial) // self.generation_size
+
+    def slots_of(self, generation: int) -> range:
+        """The slots of a generation."""
+        if generation == 0:
+            return range(self.num_initial)
+        start = self.num_initial + (generation - 1) * self.generation_size
+        return range(start, start + self.generation_size)
+
+    def operation_of(self, slot: int) -> str:
+        """How a slot's configuration is drawn."""
+        if slot < self.num_initial:
+            return "constant ratio"
+        place = (slot - self.num_initial) % self.generation_size
+        return "mutation" if place < self.num_mutations else "crossover"
+
+    # ------------------------------------------------------------------ the trained range
+
+    def cost_of(self, config: LengthConfig) -> float:
+        """The cost that spreads the initial population and bounds the search."""
+        return float(sum(config.lengths) if self.cost is None else self.cost(config))
+
+    @cached_property
+    def full(self) -> LengthConfig:
+        """The configuration that drops nothing."""
+        return LengthConfig.full(self.num_layers, self.max_length, self.retention)
+
+    @cached_property
+    def smallest(self) -> LengthConfig:
+        """The smallest sub-model that training reached."""
+        return LengthConfig.smallest(self.p, self.num_layers, self.max_length, self.retention)
+
+    @cached_property
+    def lowest_cost(self) -> float:
+        """Cost of :attr:`smallest`."""
+        return self.cost_of(self.smallest)
+
+    def initial(self, slot: int) -> LengthConfig:
+        """The constant-ratio configuration of an initial slot, evenly spaced in cost."""
+        if slot not in self._initial:
+            self._initial[slot] = self._solve(slot)
+        return self._initial[slot]
+
+    @cached_property
+    def _initial(self) -> dict[int, LengthConfig]:
+        return {}
+
+    def _solve(self, slot: int) -> LengthConfig:
+        if slot <= 0:
+            return self.full
+        if slot >= self.num_initial - 1:
+            return self.smallest
+        highest = self.cost_of(self.full)
+        target = highest + (self.lowest_cost - highest) * slot / (self.num_initial - 1)
+        low, high = 0.0, float(self.p)
+        # The cost is a falling step function of the ratio: 30 halvings pin down the step on both sides of the target.
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self.cost_of(self._constant(middle)) > target else (low, middle)
+        sides = [self._constant(low), self._constant(high)]
+        return min(sides, key=lambda config: abs(self.cost_of(config) - target))
+
+    def _constant(self, ratio: float) -> LengthConfig:
+        return LengthConfig.constant_ratio(ratio, self.num_layers, self.max_length, self.retention)
+
+    # ------------------------------------------------------------------ proposals
+
+    def propose(self, slot: int, front: Sequence[Candidate], taken: Container[tuple[int, ...]]) -> Proposal | None:
+        """What to evaluate in a slot: a function of its arguments and the plan.
+
+        Args:
+            slot: The slot.
+            front: The Pareto front of the finished trials of earlier generations, as :class:`Fronts` gives it.
+            taken: Lengths of the configurations that must not be drawn: finished, running or excluded ones.
+
+        Returns:
+            The first draw that is not taken and costs at least what ``smallest(p)`` does, or ``None`` if no such
+            configuration is left.
+        """
+        generation = self.generation_of(slot)
+        for attempt in range(OPERATION_ATTEMPTS + RANDOM_ATTEMPTS):
+            # Seeding from a string hashes it: neighbouring slots and attempts are independent, on every machine alike.
+            rng = random.Random(f"{self.seed}/{slot}/{attempt}")
+            operation, config, parents = self._draw(slot, attempt, front, rng)
+            if config.lengths not in taken and self.cost_of(config) >= self.lowest_cost:
+                return Proposal(config, generation, operation, parents)
+        for config in self._within_range():
+            if config.lengths not in taken:
+                return Proposal(config, generation, "random")
+        return None
+
+    def _draw(
+        self, slot: int, attempt: int, front: Sequence[Candidate], rng: random.Random
+    ) -> tuple[str, LengthConfig, tuple[int, ...]]:
+        operation = self.operation_of(slot)
+        if attempt < OPERATION_ATTEMPTS:
+            if operation == "constant ratio":
+                # On short inputs neighbouring ratios coincide: move on to a neighbour of the configuration.
+                config = self.initial(slot)
+                return operation, config if attempt == 0 else config.mutate(self.mutation_prob, rng), ()
+            if operation == "crossover" and len(front) >= 2:
+                first, second = rng.sample(front, 2)
+                return operation, first.config.crossover(second.config), (first.number, second.number)
+            if front:
+                parent = rng.choice(front)
+                return "mutation", parent.config.mutate(self.mutation_prob, rng), (parent.number,)
+        # LengthDrop never leaves the trained range, so that these draws are not wasted below it.
+        return (
+            "random",
+            LengthConfig.length_drop(self.p, self.num_layers, self.max_length, rng, self.retention),
+            (),
+        )
+
+    def _within_range(self) -> Iterator[LengthConfig]:
+        """Every configuration that costs at least ``smallest(p)``, from the full model down, without repetition."""
+
+        def extend(prefix: tuple[int, ...]) -> Iterator[LengthConfig]:
+            for length in range(prefix[-1] if prefix else self.max_length, 0, -1):
+                # The dearest configuration that starts like this repeats the last length.
+                flat = (*prefix, length) + (length,) * (self.num_layers - len(prefix) - 1)
+                config = LengthConfig(flat, self.max_length, self.retention)
+                if self.cost_of(config) < self.lowest_cost:
+                    return
+                if len(prefix) + 1 == self.num_layers:
+                    yield config
+                else:
+                    yield from extend((*prefix, length))
+
+        return extend(())
+
+
+class ParetoFront:
+    """The non-dominated candidates, grown one by one; the order in which they come does not matter.
+
+    Of candidates with equal metric and cost the one with the lowest slot stays.
+    """
+
+    def __init__(self) -> None:
+        self._costs: list[float] = []
+        self._members: list[Candidate] = []  # in rising cost, hence in rising metric
+
+    def add(self, new: Candidate) -> None:
+        """Take a candidate in, unless it is dominated; drop those that it dominates."""
+        if math.isnan(new.metric) or math.isnan(new.cost):
+            return
+        place = bisect.bisect_right(self._costs, new.cost)
+        if place:
+            before = self._members[place - 1]
+            equal = (before.metric, before.cost) == (new.metric, new.cost)
+            if before.metric > new.metric or (before.metric == new.metric and not (equal and new.slot < before.slot)):
+                return
+        start = place - 1 if place and self._costs[place - 1] == new.cost else place
+        end = start
+        while end < len(self._members) and self._members[end].metric <= new.metric:
+            end += 1
+        self._costs[start:end] = [new.cost]
+        self._members[start:end] = [new]
+
+    @property
+    def members(self) -> Sequence[Candidate]:
+        """The front in rising cost. Not a copy: do not change it."""
+        return self._members
+
+
+class Fronts:
+    """The front of the finished trials of earlier generations, for any generation.
+
+    A new trial is folded into the fronts that were asked for lately; others are rebuilt.
+
+    Args:
+        plan: Says which slot belongs to which generation.
+    """
+
+    def __init__(self, plan: SearchPlan) -> None:
+        self._plan = plan
+        self._finished: list[Candidate] = []
+        self._fronts: dict[int, ParetoFront] = {}
+
+    def add(self, candidate: Candidate) -> None:
+        """Take a finished trial in."""
+        self._finished.append(candidate)
+        own = self._plan.generation_of(candidate.slot)
+        for generation, front in self._fronts.items():
+            if own < generation:
+                front.add(candidate)
+
+    def before(self, generation: int) -> Sequence[Candidate]:
+        """The front of the trials of generations below ``generation``, in rising cost."""
+        front = self._fronts.pop(generation, None)
+        if front is None:
+            front = ParetoFront()
+            for candidate in self._finished:
+                if self._plan.generation_of(candidate.slot) < generation:
+                    front.add(candidate)
+        while len(self._fronts) >= CACHED_GENERATIONS:
+            self._fronts.pop(next(iter(self._fronts)))
+        self._fronts[generation] = front
+        return front.members
+
+
+class Either(Container[tuple[int, ...]]):
+    """What any of several containers holds, without copying them."""
+
+    def __init__(self, *parts: Container[tuple[int, ...]]) -> None:
+        self._parts = parts
+
+    def __contains__(self, lengths: object) -> bool:
+        return any(lengths in part for part in self._parts)
+
+
+class LengthConfigSampler(BaseSampler):
+    """The paper's evolutionary search in any Optuna program.
+
+    The objective suggests ``trial.suggest_int("length_01", 1, max_length)`` and so on for every layer and returns the
+    metric and, as the second objective, the cost; directions are the study's. Lengths come out non-increasing.
+    A trial's number is its slot. With one process a study repeats and resumes exactly; several are best effort.
+    Other parameters are drawn at random.
+
+    Args:
+        num_layers: ``L``.
+        max_length: ``l_0``.
+        seed: Of every draw.
+        p: LengthDrop probability of the training: no proposal costs less than ``smallest(p)``.
+        cost: Configuration to number, rising with every length; by default the sum of the lengths.
+        retention: As in :class:`LengthConfig`; matters to ``cost`` alone.
+        num_initial: Constant-ratio configurations of the initial population.
+        num_mutations: Mutations a generation.
+        num_crossovers: Crossovers a generation.
+        mutation_prob: Chance of a layer to mutate.
+
+    Example:
+        >>> study = optuna.create_study(directions=["maximize", "minimize"], sampler=LengthConfigSampler(6, 128))
+        >>> study.optimize(objective, n_trials=100)
+    """
+
+    def __init__(
+        self,
+        num_layers: int = 12,
+        max_length: int = 384,
+        seed: int = 0,
+        p: float = 0.2,
+        cost: Cost | None = None,
+        *,
+        retention: Retention = "relative",
+        num_initial: int = 22,
+        num_mutations: int = 30,
+        num_crossovers: int = 30,
+        mutation_prob: float = 0.5,
+    ) -> None:
+        self.plan = SearchPlan(
+            num_layers=num_layers,
+            max_length=max_length,
+            retention=retention,
+            seed=seed,
+            p=p,
+            num_initial=num_initial,
+            num_mutations=num_mutations,
+            num_crossovers=num_crossovers,
+            mutation_prob=mutation_prob,
+            cost=cost,
+        )
+        self._space: dict[str, BaseDistribution] = {
+            name: IntDistribution(1, max_length) for name in parameter_names(num_layers)
+        }
+        self._seen: _Seen | None = None
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_seen": None, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """The lengths of all layers, whatever earlier trials suggested."""
+        return self._space.copy()
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """One configuration; values of parameters that are no lengths are drawn one by one."""
+        values: dict[str, Any] = {}
+        if any(name in self._space for name in search_space):
+            values = dict(self._propose(study, trial).parameters())
+        return {
+            name: values[name] if name in values else self.sample_independent(study, trial, name, distribution)
+            for name, distribution in search_space.items()
+        }
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """A random value.
+
+        Raises:
+            ValueError: The parameter is a length whose bounds or layer the sampler was not made for. Drawn by itself
+                it would not fit the other layers.
+        """
+        if re.fullmatch(r"length_\d+", param_name):
+            names, high = list(self._space), self.plan.max_length
+            raise ValueError(
+                f"{param_name} is suggested as {param_distribution}, but the sampler was made for {names[0]} ... "
+                f"{names[-1]} in 1..{high}; suggest_int(name, 1, {high}), or give LengthConfigSampler the "
+                "num_layers and max_length of the model"
+            )
+        draws = RandomSampler(seed=random.Random(f"{self.plan.seed}/{trial.number}/{param_name}").getrandbits(32))
+        return draws.sample_independent(study, trial, param_name, param_distribution)
+
+    def _propose(self, study: Study, trial: FrozenTrial) -> LengthConfig:
+        with self._lock:
+            if self._seen is None or not self._seen.belongs_to(study):
+                self._seen = _Seen(self.plan, study)
+            self._seen.update()
+            front = self._seen.fronts.before(self.plan.generation_of(trial.number))
+            proposal = self.plan.propose(trial.number, front, self._seen.taken())
+        # A plain study goes on when everything has been evaluated; what is repeated then is of no consequence.
+        return self.plan.smallest if proposal is None else proposal.config
+
+
+class _Seen:
+    """The trials of one study as far as they were read."""
+
+    def __init__(self, plan: SearchPlan, study: Study) -> None:
+        self.fronts = Fronts(plan)
+        self._plan = plan
+        self._study = study
+        self._signs = [1.0 if d == StudyDirection.MAXIMIZE else -1.0 for d in study.directions]
+        self._finished: set[tuple[int, ...]] = set()
+        self._running: dict[int, FrozenTrial] = {}
+        self._read = 0
+
+    def belongs_to(self, study: Study) -> bool:
+        return self._study._storage is study._storage and self._study._study_id == study._study_id
+
+    def update(self) -> None:
+        """Read the trials that were not finished when they were last read."""
+        trials = self._study.get_trials(deepcopy=False)
+        for number in [*self._running, *range(self._read, len(trials))]:
+            trial = trials[number]
+            if not trial.state.is_finished():
+                self._running[number] = trial
+                continue
+            self._running.pop(number, None)
+            config = self._config(trial)
+            if config is None or trial.state == TrialState.FAIL:
+                continue
+            self._finished.add(config.lengths)
+            if trial.state == TrialState.COMPLETE:
+                self.fronts.add(self._candidate(trial, config))
+        self._read = len(trials)
+
+    def taken(self) -> Container[tuple[int, ...]]:
+        """Lengths of what other trials have evaluated or are evaluating."""
+        running = map(self._config, self._running.values())
+        return Either(self._finished, {config.lengths for config in running if config is not None})
+
+    def _config(self, trial: FrozenTrial) -> LengthConfig | None:
+        plan = self._plan
+        if not all(name in trial.params for name in parameter_names(plan.num_layers)):
+            return None
+        return LengthConfig.from_parameters(trial.params, plan.num_layers, plan.max_length, plan.retention)
+
+    def _candidate(self, trial: FrozenTrial, config: LengthConfig) -> Candidate:
+        metric = self._signs[0] * trial.values[0]
+        cost = -self._signs[1] * trial.values[1] if len(self._signs) > 1 else self._plan.cost_of(config)
+        return Candidate(trial.number, trial.number, config, metric, cost)
