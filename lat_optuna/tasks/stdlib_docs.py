@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import hashlib
 import re
-import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,7 +139,7 @@ class StdlibDocs(Classification):
             for split, part in passages().items()
         }
         super().__init__(
-            f"stdlib_docs (Python {sys.version_info.major}.{sys.version_info.minor})",
+            "stdlib_docs",
             tokenizer_or_checkpoint,
             rows,
             text_columns=("text",),
