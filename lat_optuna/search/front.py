@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from lat_optuna.length_config import LengthConfig
+from lat_optuna.length_config import LengthConfig, Retention
 
 if TYPE_CHECKING:
     import optuna
@@ -122,7 +122,7 @@ class Point:
     operation: str | None = None
     parents: tuple[int, ...] = ()
     seconds: float | None = None
-    extra: Mapping[str, float] = field(default_factory=dict)
+    extra: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     @property
     def text(self) -> str:
@@ -238,6 +238,7 @@ class Front:
         metric: Name of the metric.
         max_length: ``l_0`` of every configuration.
         low: Cost of the smallest configuration that training reached, ``smallest(p)``; ``None`` if unknown.
+        retention: What the lengths mean on shorter inputs, see :class:`LengthConfig`.
     """
 
     points: tuple[Point, ...]
@@ -246,15 +247,23 @@ class Front:
     metric: str
     max_length: int
     low: float | None = None
+    retention: Retention = "relative"
 
     @classmethod
-    def from_points(cls, points: Iterable[Point], metric: str, max_length: int, low: float | None = None) -> Front:
+    def from_points(
+        cls,
+        points: Iterable[Point],
+        metric: str,
+        max_length: int,
+        low: float | None = None,
+        retention: Retention = "relative",
+    ) -> Front:
         """The front of evaluated points; see the class for the arguments."""
         everything = tuple(points)
         bound = -math.inf if low is None else low - TOLERANCE
         inside = tuple(point for point in everything if point.cost >= bound)
         below = tuple(point for point in everything if point.cost < bound)
-        return cls(_best(inside), inside, _best(below), metric, max_length, low)
+        return cls(_best(inside), inside, _best(below), metric, max_length, low, retention)
 
     @classmethod
     def of(cls, study: optuna.Study, low: float | None = None) -> Front:
@@ -268,19 +277,20 @@ class Front:
         points = points_of(study)
         if low is None:
             low = study.user_attrs.get("low")
+        retention = study.user_attrs.get("retention", "relative")
         highs = (
             getattr(distribution, "high", 0)
             for trial in study.get_trials(deepcopy=False)
             for name, distribution in trial.distributions.items()
             if name.startswith("length_")
         )
-        return cls.from_points(points, objective_names(study)[0], max(highs, default=0), low)
+        return cls.from_points(points, objective_names(study)[0], max(highs, default=0), low, retention)
 
     @classmethod
     def of_side_file(cls, side: SideFile, low: float | None = None) -> Front:
         """The front that lies in a checkpoint."""
         points = [Point(p.lengths, p.metric, p.cost, extra=dict(p.extra)) for p in side.front]
-        return cls.from_points(points, side.metric or "metric", side.max_length, low)
+        return cls.from_points(points, side.metric or "metric", side.max_length, low, side.retention)
 
     def __len__(self) -> int:
         return len(self.points)
@@ -290,11 +300,18 @@ class Front:
         """``(metric, cost)`` of the front's points."""
         return [(point.metric, point.cost) for point in self.points]
 
+    @property
+    def range_low(self) -> float:
+        """Where the area under the front begins: ``low``, or the cheapest point where that is unknown."""
+        return self.low if self.low is not None else min((point.cost for point in self.points), default=0.0)
+
     def auc(self, high: float = 1.0) -> float:
-        """Area under the front between ``low`` (by default the cheapest point) and ``high``; see :func:`auc`."""
-        if not self.points:
-            return 0.0
-        return auc(self.pairs, self.points[0].cost if self.low is None else self.low, high)
+        """Area under the front between :attr:`range_low` and ``high``; see :func:`auc`."""
+        return auc(self.pairs, self.range_low, high) if self.points and self.range_low < high else 0.0
+
+    def generations(self, high: float = 1.0) -> list[Generation]:
+        """Area and hypervolume after each generation of the search; see :func:`generations`."""
+        return generations(self.evaluated, self.range_low, high) if self.range_low < high else []
 
     # ------------------------------------------------------------------ choosing
 
