@@ -145,7 +145,7 @@ def need_columns(rows: datasets.Dataset, columns: Iterable[str], what: str) -> N
         if column not in rows.column_names:
             raise ValueError(f"{what} has no column {column!r}; there is {', '.join(rows.column_names)}")
         if rows.data.column(column).null_count:
-            empty = next(i for i, value in enumerate(rows[column]) if value is None)
+            empty = next(i for i, value in enumerate(rows[column][:]) if value is None)
             raise ValueError(f"{what}: column {column!r} is empty in row {empty}")
 
 
@@ -221,7 +221,7 @@ def encode(
     tables = []
     for start in range(0, len(labels), CHUNK):
         columns = tokenizer(
-            *[list(side[start : start + CHUNK]) for side in texts],
+            *[side[start : start + CHUNK] for side in texts],
             truncation=True,
             padding=False,
             max_length=max_length,

@@ -106,8 +106,8 @@ class Classification:
             if split not in self._rows:
                 raise ValueError(f"the task {self.name} was made without rows for {split}")
             rows = self._rows[split]
-            texts = [rows[column] for column in self._text_columns]
-            self._features[split] = encode(self.tokenizer, texts, rows[self._label_column], self.max_length)
+            texts = [rows[column][:] for column in self._text_columns]
+            self._features[split] = encode(self.tokenizer, texts, rows[self._label_column][:], self.max_length)
         return self._features[split]
 
     def predictions(self, outputs: Any, batch: Mapping[str, Any]) -> list[np.ndarray]:
@@ -124,7 +124,7 @@ class Classification:
         import numpy as np
 
         logits = np.stack(predictions)
-        labels = np.asarray(self.features(split)["labels"])
+        labels = np.asarray(self.features(split)["labels"][:])
         if np.isnan(logits).any():
             return {"accuracy": float("nan")}
         return {"accuracy": 100.0 * float(np.mean(logits.argmax(-1) == labels))}
@@ -235,7 +235,7 @@ def _with_ids(rows: datasets.Dataset, column: str, names: tuple[str, ...], what:
     if len(ids) < 2 or len(ids) < len(names):
         raise ValueError(f"{what}: column {column!r} must have two or more classes, each named once, not {names}")
     mapped = []
-    for row, label in enumerate(rows[column]):
+    for row, label in enumerate(rows[column][:]):
         number = ids[label] if label in ids else _as_id(label)
         if not 0 <= number < len(names):
             raise ValueError(f"{what}: label {label!r} in row {row} is not one of the classes {', '.join(names)}")
