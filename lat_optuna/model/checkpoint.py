@@ -1,15 +1,24 @@
-"""What lies beside the weights: ``length_adaptive.json`` makes an ordinary checkpoint a length-adaptive one."""
+"""What lies beside the weights: ``length_adaptive.json`` makes an ordinary checkpoint a length-adaptive one.
+
+The weights are an ordinary transformers checkpoint, which anyone can load as a dense model.
+"""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lat_optuna.length_config import LengthConfig, Retention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 SIDE_FILE = "length_adaptive.json"
 FORMAT = 1
@@ -113,3 +122,114 @@ def read_side_file(folder: str | os.PathLike[str]) -> SideFile | None:
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a valid {SIDE_FILE}: {error}") from error
     return side
+
+
+def save(
+    model: PreTrainedModel,
+    folder: str | os.PathLike[str],
+    side: SideFile,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Path:
+    """Save a model as an ordinary checkpoint (safetensors) with its side file.
+
+    Args:
+        model: An adapted model; ``config.json`` names its original class.
+        folder: Where to; made if it is not there.
+        side: What makes it length-adaptive.
+        tokenizer: Saved beside it if given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The side file is for another number of layers.
+    """
+    from lat_optuna.model.adapted import num_layers
+
+    _check_layers(side, num_layers(model), "the side file")
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    write_side_file(folder, side)
+    return Path(folder)
+
+
+def load(
+    folder: str | os.PathLike[str],
+    auto_class: Any = None,
+    budget: float | None = None,
+    *,
+    latency_ms: float | None = None,
+    mode: Literal["auto", "restore", "eliminate"] = "auto",
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a checkpoint as an adapted model, with the configuration that fits a budget.
+
+    Args:
+        folder: A folder that :func:`save` or ``save_pretrained`` wrote. Without a side file the model loads as dense,
+            with a warning.
+        auto_class: The class to load it with; by default the one that ``config.json`` names.
+        budget: FLOPs as a fraction of the dense model's. The most accurate point of the front that costs no more
+            is set; by default the configuration that the side file names.
+        latency_ms: The same by measured latency, for fronts whose points have it.
+        mode: As in :func:`lat_optuna.model.adapt`.
+        **kwargs: Go to ``from_pretrained``: ``attn_implementation``, ``dtype``, ...
+
+    Raises:
+        FileNotFoundError: There is no such folder, or it holds no checkpoint.
+        ValueError: No point of the front fits the budget, or the side file is not valid or not the model's.
+    """
+    import transformers
+
+    from lat_optuna.model.adapted import adapt, num_layers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} holds no checkpoint (no config.json); give a folder made by save_pretrained")
+    side = read_side_file(folder)
+    config = None if side is None else side.length_config
+    if budget is not None or latency_ms is not None:
+        if side is None:
+            raise ValueError(f"{folder} has no {SIDE_FILE}, hence no front to pick a budget from; run a search first")
+        config = side.config_of(_pick(side, budget, latency_ms, folder))
+    if auto_class is None:
+        names = transformers.AutoConfig.from_pretrained(folder).architectures or ["AutoModel"]
+        auto_class = getattr(transformers, names[0], None)
+        if auto_class is None:
+            raise ValueError(f"{folder / 'config.json'} names {names[0]}, which transformers lacks; give auto_class")
+    model = adapt(auto_class.from_pretrained(folder, **kwargs), mode)
+    if side is None:
+        logger.warning("no %s in %s: the model loads as dense", SIDE_FILE, folder)
+    else:
+        _check_layers(side, num_layers(model), str(folder / SIDE_FILE))
+        model.length_config = config
+    return model
+
+
+def _check_layers(side: SideFile, layers: int, what: str) -> None:
+    if side.num_layers != layers:
+        raise ValueError(f"{what} is for a model of {side.num_layers} layers, this one has {layers}")
+
+
+def _pick(side: SideFile, budget: float | None, latency_ms: float | None, folder: Path) -> FrontPoint:
+    """The most accurate point within the budget; of equal ones the cheapest."""
+    if not side.front:
+        raise ValueError(f"the front in {folder / SIDE_FILE} is empty; run a search first")
+    points = list(side.front)
+    if latency_ms is not None:
+        points = [point for point in points if "latency_ms" in point.extra]
+        if not points:
+            raise ValueError(f"no point in {folder / SIDE_FILE} has a latency; pick by budget=, or measure latencies")
+    fitting = [
+        point
+        for point in points
+        if (budget is None or point.cost <= budget) and (latency_ms is None or point.extra["latency_ms"] <= latency_ms)
+    ]
+    if not fitting:
+        wanted = [f"budget {budget:g}"] if budget is not None else []
+        wanted += [f"latency {latency_ms:g} ms"] if latency_ms is not None else []
+        cheapest = f"the cheapest costs {min(point.cost for point in points):.3g}x FLOPs"
+        if latency_ms is not None:
+            cheapest += f", the fastest takes {min(point.extra['latency_ms'] for point in points):.3g} ms"
+        raise ValueError(f"no point in {folder / SIDE_FILE} fits {' and '.join(wanted)}; {cheapest}")
+    return max(fitting, key=lambda point: (point.metric, -point.cost))

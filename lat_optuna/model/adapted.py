@@ -1,0 +1,380 @@
+"""``adapt(model)``: the one door.
+
+Three kinds of modules of the user's own model change their class to a subclass made here: the model on top (it gains
+``length_config`` and ``at``), its base encoder (it plans a forward pass and restores dropped vectors after it) and the
+layers (they drop). Nothing is wrapped or copied; names, parameters, hooks and signatures stay as they are.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.model.families import Family, family_of, head_kind, reads_first_row
+from lat_optuna.model.plan import Choice, Pass, make_plan, restore, take_rows
+from lat_optuna.model.significance import attention_probabilities, choose_rows, context_of_rows, significance
+
+Mode = Literal["restore", "eliminate"]
+Model = TypeVar("Model", bound=PreTrainedModel)
+Override = tuple[LengthConfig | None, frozenset[int]]
+
+PASS = "length_pass"
+OFFSET = "length_offset"
+
+_overrides: ContextVar[Mapping[int, Override]] = ContextVar("lat_optuna_overrides", default={})  # noqa: B039
+
+
+def adapt(model: Model, mode: Literal["auto", "restore", "eliminate"] = "auto") -> Model:
+    """Let a model run at any length per layer (sections 2.2 and 3.3). Works in place.
+
+    Dense it stays what it was, bit for bit, until a configuration is set::
+
+        model = adapt(AutoModelForSequenceClassification.from_pretrained(...))
+        model.length_config = LengthConfig.constant_ratio(0.2, num_layers(model), 128)
+
+    With a configuration, outputs and options that it cannot honour (``output_attentions``, ``output_hidden_states``)
+    raise a ``ValueError``, and the values of padding rows in a restored output mean nothing. With padding on the left,
+    the pooled output is that of the first real token.
+
+    Args:
+        model: A transformers model with any head, or a bare encoder.
+        mode: ``"restore"`` puts dropped vectors back in place after the last layer, ``"eliminate"`` does not: the
+            encoder's output is short. ``"auto"`` eliminates where the head reads the first token alone.
+
+    Returns:
+        The same object. Adapting it again changes nothing, but for a ``mode`` that is named.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+        ValueError: No family covers the architecture (the message says which there are), it is a decoder, the mode
+            is unknown, or the head needs a result for every token and ``mode`` is ``"eliminate"``.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"adapt() takes a transformers model, not {type(model).__name__}; adapt it before it is wrapped"
+        )
+    if mode not in ("auto", "restore", "eliminate"):
+        raise ValueError(f"mode must be 'auto', 'restore' or 'eliminate', not {mode!r}")
+    if mode == "eliminate" and head_kind(model) == "token":
+        raise ValueError(f"{type(model).__name__} needs a vector for every token: mode 'eliminate' leaves it none")
+    base: Any = model.base_model
+    family = family_of(base.config)
+    chosen: Mode = mode if mode != "auto" else "eliminate" if reads_first_row(model) else "restore"
+    if not is_adapted(model):
+        if not is_adapted(base):
+            _adapt_encoder(base, family)
+        if model is not base:
+            _change_class(model, "model")
+        base._length_mode = chosen
+    elif mode != "auto":
+        base._length_mode = chosen
+    return model
+
+
+def _adapt_encoder(base: Any, family: Family) -> None:
+    groups: list[Any] = list(family.groups(base)) if family.groups else [base]
+    for group in groups:
+        layers: list[Any] = list(family.layers(group))
+        for index, layer in enumerate(layers):
+            layer._length_index = index
+            _change_class(layer, "layer")
+        if family.groups:
+            group._length_layers = len(layers)
+            _change_class(group, "group")
+    base._length_config = None
+    _change_class(base, "encoder")
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether ``adapt`` has been called on this model."""
+    return isinstance(model, LengthAdaptive)
+
+
+def num_layers(model: PreTrainedModel) -> int:
+    """How many layers a configuration of this model has; of a layer that is used many times every use counts."""
+    return _layer_count(cast(Any, model.base_model))
+
+
+@contextmanager
+def at(
+    model: PreTrainedModel, config: LengthConfig | None, skip_layers: Collection[int] = frozenset()
+) -> Iterator[PreTrainedModel]:
+    """Run an adapted model with a configuration inside a ``with`` block, in this thread only.
+
+    Args:
+        model: An adapted model.
+        config: The configuration; ``None`` is dense.
+        skip_layers: Layers, counted from 0, that are skipped (LayerDrop, section 3.1). The next layer that runs
+            applies a skipped layer's reduction; where none follows, it is not applied.
+
+    Yields:
+        The model.
+
+    Raises:
+        ValueError: The configuration or a skipped layer does not fit the model, or the model is not adapted.
+    """
+    if not is_adapted(model):
+        raise ValueError("the model is not adapted; call lat_optuna.model.adapt(model) first")
+    base: Any = model.base_model
+    _check_config(base, config)
+    layers = _layer_count(base)
+    skipped = frozenset(skip_layers)
+    if not skipped <= set(range(layers)):
+        raise ValueError(f"skip_layers {sorted(skipped)} must lie in 0..{layers - 1}, the layers of the model")
+    token = _overrides.set({**_overrides.get(), id(base): (config, skipped)})
+    try:
+        yield model
+    finally:
+        _overrides.reset(token)
+
+
+class LengthAdaptive:
+    """What an adapted model has beside what it had."""
+
+    @property
+    def length_config(self) -> LengthConfig | None:
+        """The configuration that the model runs with; ``None`` is dense. :meth:`at` overrides it for a block."""
+        return cast(Any, self).base_model._length_config
+
+    @length_config.setter
+    def length_config(self, config: LengthConfig | None) -> None:
+        base = cast(Any, self).base_model
+        _check_config(base, config)
+        base._length_config = config
+
+    def at(self, config: LengthConfig | None, skip_layers: Collection[int] = frozenset()) -> Any:
+        """:func:`at` as a method: ``with model.at(config): ...``."""
+        return at(cast(PreTrainedModel, self), config, skip_layers)
+
+
+def _check_config(base: Any, config: LengthConfig | None) -> None:
+    if config is None:
+        return
+    if not isinstance(config, LengthConfig):
+        raise TypeError(f"a length configuration is a LengthConfig or None (dense), not {type(config).__name__}")
+    layers = _layer_count(base)
+    if config.num_layers != layers:
+        raise ValueError(f"the configuration {config} has {config.num_layers} layers, the model has {layers}")
+
+
+def _layer_count(base: Any) -> int:
+    return base.config.num_hidden_layers * getattr(base.config, "inner_group_num", 1)
+
+
+# ---------------------------------------------------------------------------------------- the base encoder
+
+
+def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    """The base encoder's ``forward``: as it was when dense; else plan, run, restore."""
+    dense = original.forward
+    names = list(inspect.signature(dense).parameters)[1:]
+
+    @functools.wraps(dense)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        config, skipped = _overrides.get().get(id(self), (self._length_config, frozenset()))
+        if config is None and not skipped:
+            return dense(self, *args, **kwargs)
+        arguments = {**dict(zip(names, args, strict=False)), **kwargs}
+        _refuse(self.config, arguments)
+        family = family_of(self.config)
+        mask = arguments.get("attention_mask")
+        plan = make_plan(config, skipped, _layer_count(self), family.tokens(self, arguments), mask)
+        this = Pass(plan, family, self.config)
+        as_tuple = not _option(self.config, arguments, "return_dict", True)
+        outputs = dense(self, *args, **{**kwargs, "return_dict": True, PASS: this})
+        if self._length_mode == "restore":
+            norm = family.final_norm(self) if family.final_norm else None
+            outputs.last_hidden_state = restore(this, outputs.last_hidden_state, norm)
+        return outputs.to_tuple() if as_tuple else outputs
+
+    return forward
+
+
+def _option(config: Any, arguments: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = arguments.get(name)
+    return getattr(config, name, default) if value is None else value
+
+
+def _refuse(config: Any, arguments: Mapping[str, Any]) -> None:
+    """Raise on what a forward pass that drops tokens cannot honour."""
+    for name in ("output_attentions", "output_hidden_states"):
+        if _option(config, arguments, name, False):
+            raise ValueError(f"{name} cannot be honoured with a length configuration: rows drop out between layers")
+    for name in ("encoder_hidden_states", "past_key_values"):
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name} cannot be honoured with a length configuration: it is for decoders")
+    mask = arguments.get("attention_mask")
+    if mask is not None and (not isinstance(mask, torch.Tensor) or mask.dim() != 2):
+        raise ValueError("with a length configuration, attention_mask must be a tensor of shape (batch, tokens)")
+
+
+# -------------------------------------------------------------------------------------------------- layers
+
+
+def _layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    """A layer's ``forward``: as it was without a plan or where nothing drops; else drop."""
+    dense = original.forward
+
+    @functools.wraps(dense)
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        this: Pass | None = kwargs.pop(PASS, None)
+        if this is None:
+            return dense(self, hidden_states, *args, **kwargs)
+        index = kwargs.pop(OFFSET, 0) + self._length_index
+        step = this.plan.steps[index]
+        if not step.runs:
+            return hidden_states
+        if step.source is not None and this.family.follow:
+            kwargs = this.family.follow(kwargs, this.choices[step.source].positions)
+        if step.drops:
+            return _drop(self, this, index, hidden_states, kwargs)
+        if step.source is not None:
+            mask = _mask_after(self, this, step.source, hidden_states)
+            if args:
+                args = (mask, *args[1:])
+            else:
+                kwargs["attention_mask"] = mask
+        return dense(self, hidden_states, *args, **kwargs)
+
+    return forward
+
+
+def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """One layer that keeps the most significant rows: every row votes, only kept rows are computed to the end.
+
+    Args:
+        layer: The layer.
+        this: The pass; gets the layer's choice and what entered the layer.
+        index: Which layer of the pass this is.
+        hidden: (batch, rows, hidden).
+        kwargs: Keyword arguments of the layer.
+
+    Returns:
+        (batch, kept, hidden).
+    """
+    source = this.plan.steps[index].source
+    real = this.plan.real_rows(source)
+    query, key, value = this.family.project(layer, hidden, kwargs)
+    probabilities = attention_probabilities(query, key, _allowed(layer, this, source, hidden))
+    if index not in this.choices:
+        this.choices[index] = _choose(this, index, significance(probabilities, real), real)
+        this.entered[index] = hidden
+    rows = this.choices[index].rows
+    context = context_of_rows(probabilities, value, rows, this.family.dropout(layer) if layer.training else 0.0)
+    return this.family.finish(layer, context, take_rows(hidden, rows))
+
+
+def _choose(this: Pass, index: int, votes: torch.Tensor, real: torch.Tensor | None) -> Choice:
+    plan = this.plan
+    step = plan.steps[index]
+    counts = plan.counts[index] if plan.counts is not None and step.ragged else None
+    rows = choose_rows(votes, step.width, counts, real, this.family.protected)
+    entered = votes.size(1)
+    valid = rows.clamp(max=entered - 1)
+    positions = valid if step.source is None else this.choices[step.source].positions.gather(1, valid)
+    if counts is not None:
+        positions = positions.masked_fill(rows == entered, plan.tokens)
+    return Choice(valid, positions)
+
+
+def _allowed(layer: Any, this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor | None:
+    """Which keys a query may look at, broadcastable to (batch, heads, queries, keys); ``None``: all of them."""
+    real = this.plan.real_rows(source)
+    keys = None if real is None else real[:, None, None, :]
+    window = this.family.window(layer) if this.family.window else None
+    if window is None:
+        return keys
+    if source is None:
+        positions = torch.arange(hidden.size(1), device=hidden.device)[None]
+    else:
+        positions = this.choices[source].positions
+    near = ((positions[:, :, None] - positions[:, None, :]).abs() <= window)[:, None]
+    return near if keys is None else near & keys
+
+
+def _mask_after(layer: Any, this: Pass, source: int, hidden: torch.Tensor) -> Any:
+    """The mask of the rows that ``source`` kept, in the form that the model's attention implementation takes."""
+    if this.family.window and this.family.window(layer) is not None:
+        allowed = _allowed(layer, this, source, hidden)
+        assert allowed is not None
+        return _as_mask(allowed, this.config._attn_implementation, hidden)
+    real = this.plan.real_rows(source)
+    return None if real is None else create_bidirectional_mask(this.config, hidden, real)
+
+
+def _as_mask(allowed: torch.Tensor, implementation: str, hidden: torch.Tensor) -> torch.Tensor:
+    if implementation == "sdpa":
+        return allowed
+    if implementation == "eager":
+        lowest = torch.finfo(hidden.dtype).min
+        return torch.zeros(allowed.shape, dtype=hidden.dtype, device=hidden.device).masked_fill(~allowed, lowest)
+    raise ValueError(
+        f"sliding windows over kept tokens need the attention implementation 'sdpa' or 'eager', not "
+        f"{implementation!r}; load the model with attn_implementation='sdpa'"
+    )
+
+
+def _group_forward(original: type[nn.Module]) -> Callable[..., Any]:
+    """``forward`` of a group of layers that is called again and again: tells its layers how often it was."""
+    dense = original.forward
+
+    @functools.wraps(dense)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        this: Pass | None = kwargs.get(PASS)
+        if this is not None:
+            kwargs[OFFSET] = this.groups * self._length_layers
+            this.groups += 1
+        return dense(self, *args, **kwargs)
+
+    return forward
+
+
+# ------------------------------------------------------------------------------------------------- classes
+
+Role = Literal["model", "encoder", "layer", "group"]
+
+
+def _change_class(module: nn.Module, role: Role) -> None:
+    original: Any = type(module)
+    module.__class__ = _adapted_class(original, role)
+
+
+@functools.cache
+def _adapted_class(original: Any, role: Role) -> type[nn.Module]:
+    """A subclass that goes by its original's name: what transformers looks up by name stays what it was.
+
+    Pickling and copying name the original and the role instead of this class, which no module holds.
+    """
+
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
+        return _revive, (original, role), self.__dict__
+
+    namespace = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        "__reduce_ex__": reduce_ex,
+    }
+    if role == "encoder":
+        namespace["forward"] = _encoder_forward(original)
+    elif role == "layer":
+        namespace["forward"] = _layer_forward(original)
+    elif role == "group":
+        namespace["forward"] = _group_forward(original)
+    bases = (LengthAdaptive, original) if role in ("model", "encoder") else (original,)
+    return type(original.__name__, bases, namespace)
+
+
+def _revive(original: Any, role: Role) -> nn.Module:
+    made = _adapted_class(original, role)
+    return made.__new__(made)

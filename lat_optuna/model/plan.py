@@ -1,0 +1,222 @@
+"""What one forward pass will do, decided before its first layer runs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from lat_optuna.length_config import MIN_LENGTH, LengthConfig
+from lat_optuna.model.families import Family
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one layer does with the rows of a batch. Numbers of the host: reading them costs no synchronisation.
+
+    Attributes:
+        runs: Whether LayerDrop lets the layer run.
+        drops: Whether some example loses rows here.
+        width: Rows that leave the layer, those of the example with the most.
+        ragged: Whether some examples leave with fewer rows than ``width``.
+        source: The layer before this one that dropped last, whose choice the rows that enter follow; ``None`` where
+            the input enters as it came.
+        source_ragged: ``ragged`` of that layer, or of the input.
+    """
+
+    runs: bool
+    drops: bool
+    width: int
+    ragged: bool
+    source: int | None
+    source_ragged: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every layer will do with a batch.
+
+    Attributes:
+        steps: One a layer.
+        tokens: Rows of the input, padding included.
+        real: (batch, tokens) bool, which rows are real; ``None`` where all are.
+        counts: (layers, batch) rows that each layer keeps; ``None`` where all examples are equally long.
+    """
+
+    steps: tuple[Step, ...]
+    tokens: int
+    real: torch.Tensor | None
+    counts: torch.Tensor | None
+
+    def real_rows(self, source: int | None) -> torch.Tensor | None:
+        """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input)."""
+        if source is None:
+            return self.real
+        step = self.steps[source]
+        if not step.ragged or self.counts is None:
+            return None
+        return torch.arange(step.width, device=self.counts.device) < self.counts[source, :, None]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rows that a layer kept, in their original order; rows beyond an example's count are filler at the end.
+
+    Attributes:
+        rows: (batch, width) indices into the rows that entered the layer. Filler points to some valid row.
+        positions: (batch, width) positions in the input. Filler points one past its end.
+    """
+
+    rows: torch.Tensor
+    positions: torch.Tensor
+
+
+@dataclass
+class Pass:
+    """One forward pass: its plan, and what the layers wrote down on the way.
+
+    It travels through the layers as a keyword argument. Every entry of ``choices`` and ``entered`` is written once,
+    under the layer's index; a layer that gradient checkpointing replays finds its own choice again and keeps to it.
+
+    Attributes:
+        plan: What the layers will do.
+        family: The model's family.
+        config: The base encoder's configuration (transformers').
+        choices: By layer that drops.
+        entered: Hidden states that entered a layer that drops, for :func:`restore`.
+        groups: How many groups of shared layers ran so far (ALBERT).
+    """
+
+    plan: Plan
+    family: Family
+    config: PreTrainedConfig
+    choices: dict[int, Choice] = field(default_factory=dict)
+    entered: dict[int, torch.Tensor] = field(default_factory=dict)
+    groups: int = 0
+
+
+def make_plan(
+    config: LengthConfig | None,
+    skip_layers: Collection[int],
+    layers: int,
+    tokens: int,
+    attention_mask: torch.Tensor | None,
+) -> Plan:
+    """Count every example's rows in every layer.
+
+    Args:
+        config: The length configuration; ``None`` drops nothing.
+        skip_layers: Layers, counted from 0, that LayerDrop skips. The next layer that runs applies a skipped
+            layer's reduction; where none follows, nothing does (its rows would not be computed any further).
+        layers: Number of layers.
+        tokens: Rows of the input, padding included.
+        attention_mask: (batch, tokens), zero where an input is padding; ``None`` where nothing is.
+
+    Returns:
+        The plan. With an attention mask the device is synchronised once, else never.
+    """
+    runs = [layer for layer in range(layers) if layer not in skip_layers]
+    if attention_mask is None:
+        lengths = (tokens,) * layers if config is None else config.at_length(tokens)
+        return _uniform(lengths, runs, layers, tokens)
+
+    real = attention_mask != 0
+    # An input without a real token (a batch filled up with empty rows) counts as one token, as nothing can attend to
+    # an empty set; nobody reads its result.
+    n = real.sum(-1).clamp(min=1)
+    counts = n.expand(layers, -1) if config is None else _at_lengths(config, n)
+    chain = torch.stack([n, *(counts[layer] for layer in runs)])
+    falls = (chain[1:] < chain[:-1]).any(-1)
+    leading = ~real[:, :1].all()
+    summary = torch.cat([chain.amax(-1), chain.amin(-1), falls, leading.reshape(1)]).tolist()
+    size = len(runs) + 1
+    most, least, falling, padded_left = summary[:size], summary[size : 2 * size], summary[2 * size : -1], summary[-1]
+    if least[0] == tokens:
+        kept = dict(zip(runs, most[1:], strict=True))
+        return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens)
+
+    steps: list[Step] = []
+    width, ragged, source, source_ragged = tokens, True, None, True
+    for layer in range(layers):
+        if layer not in runs:
+            steps.append(Step(False, False, width, ragged, source, source_ragged))
+            continue
+        at = runs.index(layer)
+        # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
+        drops = bool(falling[at]) or (config is not None and bool(padded_left) and at == 0)
+        if drops:
+            width, ragged = most[at + 1], least[at + 1] < most[at + 1]
+        steps.append(Step(True, drops, width, ragged, source, source_ragged))
+        if drops:
+            source, source_ragged = layer, ragged
+    return Plan(tuple(steps), tokens, real, counts)
+
+
+def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) -> Plan:
+    """The plan of a batch without padding: no tensor, no synchronisation."""
+    steps: list[Step] = []
+    width, source = tokens, None
+    for layer in range(layers):
+        drops = layer in runs and lengths[layer] < width
+        width = lengths[layer] if drops else width
+        steps.append(Step(layer in runs, drops, width, False, source, False))
+        source = layer if drops else source
+    return Plan(tuple(steps), tokens, None, None)
+
+
+def _at_lengths(config: LengthConfig, n: torch.Tensor) -> torch.Tensor:
+    """``LengthConfig.at_length`` for a batch: (batch,) token counts to (layers, batch), in exact integers."""
+    lengths = torch.tensor(config.lengths, device=n.device)[:, None]
+    if config.retention == "relative":
+        # Ceiling division, as floor division is the one that torch has.
+        kept = torch.div(lengths * n + (config.max_length - 1), config.max_length, rounding_mode="floor")
+    else:
+        kept = lengths.expand(-1, len(n))
+    return torch.minimum(kept.clamp(min=MIN_LENGTH), n)
+
+
+def restore(done: Pass, output: torch.Tensor, norm: torch.nn.Module | None = None) -> torch.Tensor:
+    """Put the dropped vectors back in place (Drop-and-Restore, section 3.3).
+
+    Args:
+        done: The pass after its last layer.
+        output: (batch, width, hidden), the rows that were kept to the end.
+        norm: What the model applies to ``output`` after its last layer (pre-norm models); applied to the vectors
+            that were set aside as well.
+
+    Returns:
+        (batch, tokens, hidden). A dropped vector has the value with which it entered the layer that dropped it; so
+        have padding rows, which nobody should read.
+    """
+    dropping = sorted(done.choices)
+    if not dropping:
+        return output
+    # `latest` tells for each position which row of the blocks below holds its last value. Filler writes go to an
+    # extra column, so that they never touch a real token.
+    blocks = [done.entered[dropping[0]]]
+    batch = output.size(0)
+    latest = torch.arange(done.plan.tokens + 1, device=output.device).repeat(batch, 1)
+    offset = done.plan.tokens
+    for layer, following in zip(dropping, [*dropping[1:], None], strict=True):
+        positions = done.choices[layer].positions
+        rows = torch.arange(offset, offset + positions.size(1), device=output.device)
+        latest = latest.scatter(1, positions, rows.expand_as(positions))
+        offset += positions.size(1)
+        if following is not None:
+            blocks.append(done.entered[following])
+    aside = torch.cat(blocks, 1)
+    values = torch.cat([aside if norm is None else norm(aside), output], 1)
+    return take_rows(values, latest[:, :-1]).to(output.dtype)
+
+
+def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """``values[b, rows[b, i]]`` for (batch, width, ...) values and (batch, kept) rows: (batch, kept, ...).
+
+    Whole rows of a flat matrix are copied: on a CPU several times faster than ``gather`` with an expanded index.
+    """
+    batch, width = values.shape[:2]
+    flat = rows + torch.arange(0, batch * width, width, device=rows.device)[:, None]
+    taken = values.reshape(batch * width, -1).index_select(0, flat.reshape(-1))
+    return taken.view(batch, rows.size(1), *values.shape[2:])
