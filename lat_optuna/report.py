@@ -383,13 +383,13 @@ def _laid_out(figure: go.Figure, title: str, x_axis: dict[str, Any], y_axis: dic
     figure.update_layout(
         # plotly's default template is 7 kB a figure, too much for where the dashboard keeps figures.
         template={"layout": {"colorway": [BLUE, ORANGE, TEAL, "#b0509c", GREY, "#8a6d1f"]}},
-        title={"text": title, "x": 0.02, "xanchor": "left"},
+        title={"text": title[:1].upper() + title[1:], "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"},
         xaxis={"gridcolor": "#e3e7ec", "zeroline": False, "automargin": True, **x_axis},
         yaxis={"gridcolor": "#e3e7ec", "zeroline": False, "automargin": True, **y_axis},
         legend={"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
         hovermode="closest",
         hoverlabel={"align": "left"},
-        margin={"l": 60, "r": 20, "t": 90, "b": 50},
+        margin={"l": 60, "r": 20, "t": 110 if len(figure.data) > 1 else 60, "b": 50},
         plot_bgcolor="rgba(0,0,0,0)",
     )
     return figure
