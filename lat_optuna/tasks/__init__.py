@@ -21,14 +21,17 @@ class Task(Protocol):
         metric_name: The metric that people see: ``"accuracy"``, ``"f1"``. In percent, up is better.
         max_length: Longest input in tokens, special tokens included.
         tokenizer: The tokenizer that made the features.
-        collate: Features to a batch of tensors, padded to the batch's longest (labels included where there are any).
     """
 
     name: str
     metric_name: str
     max_length: int
     tokenizer: PreTrainedTokenizerBase
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Any]]], Mapping[str, Any]]:
+        """Features to a batch of tensors, padded to the batch's longest (labels included where there are any)."""
+        ...
 
     def build_model(self, checkpoint: str) -> PreTrainedModel:
         """A model with this task's head on the weights of ``checkpoint`` (a hub name or a folder)."""

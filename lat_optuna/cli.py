@@ -1,0 +1,321 @@
+"""The ``lat-optuna`` command. Exit code 0: done, 1: failed at run time, 2: wrong use."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+if TYPE_CHECKING:
+    from lat_optuna.search.front import Baselines, Front
+    from lat_optuna.search.worker import OnProgress
+    from lat_optuna.spec import StudySpec
+
+# torch, transformers and optuna take seconds to load: they are imported by the commands that need them.
+
+QUICKSTART = "studies/quickstart.yaml"
+
+
+class _Group(click.Group):
+    """A group that says what went wrong in one line; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except KeyboardInterrupt:
+            _fail("stopped; the same command goes on from here", 130)
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            from lat_optuna.spec import SpecError
+
+            if isinstance(error, SpecError):
+                _fail(str(error), 2)
+            if isinstance(error, (ValueError, OSError, ConnectionError)):
+                _fail(str(error), 1)
+            _fail(f"{type(error).__name__}: {error} (lat-optuna --debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    # Third-party messages may span lines; the first paragraph says what is wrong.
+    for line in message.strip().split("\n\n")[0].splitlines():
+        click.echo(f"lat-optuna: {line}", err=True)
+    sys.exit(code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="lat-optuna")
+@click.option("--debug", is_flag=True, help="Show tracebacks and the libraries' own logs.")
+def main(debug: bool) -> None:
+    """Length-adaptive transformers: train once, search the length of every layer, serve any compute budget."""
+    import logging
+    import os
+
+    if debug:
+        logging.basicConfig(level=logging.INFO)
+    else:
+        # Set before the libraries load; a user's own choice wins.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _study_argument(function: Any) -> Any:
+    function = click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Override a key of the study file: --set search.n_trials=600",
+    )(function)
+    return click.argument("study", type=click.Path(path_type=Path))(function)
+
+
+def _load(study: Path, overrides: tuple[str, ...]) -> StudySpec:
+    from lat_optuna.spec import load_spec
+
+    return load_spec(_bundled(study), overrides)
+
+
+def _bundled(study: Path) -> Path:
+    """The file itself or, where there is none, the study of that name that came with the package."""
+    packaged = Path(__file__).parent / "studies" / study.name
+    return packaged if not study.exists() and packaged.exists() and study.parts[:-1] in ((), ("studies",)) else study
+
+
+_devices = click.option("--devices", help="Comma-separated devices, one a worker: cuda:0,cuda:2 or cpu,cpu.")
+_workers = click.option(
+    "--workers", type=click.IntRange(min=1), help="Number of processes; by default one a visible GPU, one without."
+)
+
+
+@main.command()
+@click.argument("study", type=click.Path(path_type=Path), default=Path(QUICKSTART))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the study file.")
+@_workers
+@_devices
+def quickstart(study: Path, overrides: tuple[str, ...], workers: int | None, devices: str | None) -> None:
+    """Train, search, front and report in one go (about five minutes on two cores)."""
+    start = time.monotonic()
+    spec = _load(study, overrides)
+    _train(spec)
+    _search(spec, workers, devices)
+    _front(spec)
+    path = _report(spec)
+    shown = study if study.exists() else Path(study.name)
+    options = "".join(f" --set {override}" for override in overrides)
+    click.echo(
+        f"\nDone in {time.monotonic() - start:.0f} s. The report: {path.resolve()}\n\n"
+        "What next:\n"
+        f"  lat-optuna dashboard {shown}{options}     the study in optuna-dashboard\n"
+        f"  lat-optuna front {shown}{options} --budget 0.5     the best point at half of the FLOPs\n"
+        f"  lat-optuna quickstart {shown} --set search.n_trials={2 * spec.search.n_trials}     search on\n"
+        "  and in Python:\n"
+        "    from lat_optuna import load\n"
+        f'    model = load("{spec.adaptive_folder}", budget=0.5)'
+    )
+
+
+@main.command()
+@_study_argument
+def train(study: Path, overrides: tuple[str, ...]) -> None:
+    """Fine-tune as usual, then with LengthDrop. Goes on from where it was stopped."""
+    _train(_load(study, overrides))
+
+
+@main.command()
+@_study_argument
+@_workers
+@_devices
+def search(study: Path, overrides: tuple[str, ...], workers: int | None, devices: str | None) -> None:
+    """Search length configurations with one or more local workers. Goes on from where it was stopped."""
+    spec = _load(study, overrides)
+    _search(spec, workers, devices)
+    _front(spec)
+
+
+@main.command()
+@_study_argument
+@click.option("--storage", help="URL of the trials' database; by default the study file's.")
+@click.option("--device", help="Device of this worker; by default by LOCAL_RANK, SLURM_LOCALID or the first GPU.")
+def worker(study: Path, overrides: tuple[str, ...], storage: str | None, device: str | None) -> None:
+    """Join a search as one worker, from any machine that reaches the storage."""
+    from lat_optuna import pipeline
+
+    extra = (f"storage={storage}",) if storage else ()
+    spec = _load(study, (*overrides, *extra))
+    with _search_progress(spec) as on_progress:
+        ended = pipeline.join(spec, device, on_progress)
+    click.echo(ended, err=True)
+
+
+@main.command()
+@_study_argument
+@click.option(
+    "--budget", type=click.FloatRange(min=0, min_open=True), help="Most FLOPs, as a fraction of the dense model's."
+)
+@click.option("--no-loss", is_flag=True, help="The cheapest point that is as good as the standard model.")
+@click.option("--max-drop", type=click.FloatRange(min=0), help="The cheapest point that loses at most this much.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--csv", "as_csv", is_flag=True, help="As CSV.")
+def front(study: Path, overrides: tuple[str, ...], **options: Any) -> None:
+    """Show the Pareto front, or pick a point of it."""
+    _front(_load(study, overrides), **options)
+
+
+@main.command()
+@_study_argument
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="The HTML file; by default report.html in the study's folder."
+)
+def report(study: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+    """Write the HTML report: one file, no network."""
+    click.echo(_report(_load(study, overrides), output))
+
+
+@main.command()
+@click.argument("studies", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study file.")
+@click.option("--host", default="127.0.0.1", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+def dashboard(studies: tuple[Path, ...], overrides: tuple[str, ...], host: str, port: int) -> None:
+    """Open studies in optuna-dashboard."""
+    from lat_optuna.dashboard import serve
+
+    serve([_load(study, overrides).storage for study in studies], host, port)
+
+
+def _train(spec: StudySpec) -> None:
+    from lat_optuna import pipeline
+    from lat_optuna.progress import progress
+
+    for stage in pipeline.stages(spec):
+        if stage.is_complete:
+            click.echo(f"{stage.label}: done before ({stage.folder})", err=True)
+            continue
+        with progress(stage.label, 0, "steps") as update:
+            stage.run(update)
+
+
+def _search(spec: StudySpec, workers: int | None, devices: str | None) -> None:
+    from lat_optuna import pipeline
+    from lat_optuna.progress import progress
+
+    chosen = _chosen_devices(workers, devices)
+    with progress("standard model at constant ratios", spec.search.num_initial, "configurations") as update:
+        pipeline.measure_standard(spec, update)
+    with _search_progress(spec) as on_progress:
+        ended = pipeline.search(spec, chosen, on_progress, on_message=lambda line: click.echo(line, err=True))
+    click.echo(f"search: {ended}", err=True)
+
+
+def _chosen_devices(workers: int | None, devices: str | None) -> list[str]:
+    from lat_optuna.pipeline import default_devices
+
+    named = [name.strip() for name in (devices or "").split(",") if name.strip()]
+    if devices is not None and not named:
+        raise click.BadParameter("name at least one device, as in cuda:0,cuda:2", param_hint="--devices")
+    if named and workers not in (None, len(named)):
+        raise click.BadParameter(
+            f"{workers} workers for {len(named)} devices; give one of the two", param_hint="--workers"
+        )
+    available = named or default_devices()
+    _check_devices(available)
+    return [available[index % len(available)] for index in range(workers or len(available))]
+
+
+def _check_devices(names: list[str]) -> None:
+    import torch
+
+    for name in names:
+        try:
+            kind = torch.device(name)
+        except RuntimeError:
+            raise click.BadParameter(
+                f"{name!r} is not a device; write cpu, cuda or cuda:1", param_hint="--devices"
+            ) from None
+        if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise click.BadParameter(f"there is no {name} here: {count} GPUs are visible", param_hint="--devices")
+
+
+@contextmanager
+def _search_progress(spec: StudySpec) -> Iterator[OnProgress]:
+    from lat_optuna.progress import progress
+
+    with progress("search", spec.search.n_trials, "trials") as update:
+        yield lambda now: update(now.done, now.total, AUC=now.auc, trials_per_s=now.rate, failed=now.failed or None)
+
+
+def _front(
+    spec: StudySpec,
+    budget: float | None = None,
+    no_loss: bool = False,
+    max_drop: float | None = None,
+    as_json: bool = False,
+    as_csv: bool = False,
+) -> None:
+    from lat_optuna import pipeline, report
+
+    _, front, baselines = pipeline.load_front(spec)
+    if no_loss and max_drop:
+        raise click.UsageError("--no-loss and --max-drop contradict each other; give one of them")
+    if no_loss or max_drop is not None:
+        dense = baselines.dense() if baselines else None
+        point = front.pick(budget=budget, max_drop=max_drop or 0.0, dense=dense.metric if dense else None)
+    elif budget is not None:
+        point = front.pick(budget=budget)
+    else:
+        point = None
+    if point is not None:
+        front = replace(front, points=(point,))
+    if as_json:
+        click.echo(front.to_json())
+    elif as_csv:
+        click.echo(front.to_csv(), nl=False)
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        console = Console()
+        console.print(report.front_table(front, baselines))
+        if point is None:
+            click.echo(report.front_plot(front))
+    else:
+        click.echo(report.front_text(front, baselines))
+    if point is None and not (as_json or as_csv):
+        click.echo(_lossless_line(front, baselines))
+
+
+def _lossless_line(front: Front, baselines: Baselines | None) -> str:
+    from lat_optuna.report import without_loss
+
+    dense = baselines.dense() if baselines else None
+    if dense is None:
+        return f"area under the front: {front.auc():.3f}"
+    standard = f"the standard model's {dense.metric:.2f} {front.metric}"
+    point = without_loss(front, baselines)
+    if point is None:
+        return f"area under the front: {front.auc():.3f}; no point reaches {standard}"
+    return (
+        f"area under the front: {front.auc():.3f}; cheapest point without loss against {standard}: "
+        f"{point.cost:.3f}x FLOPs, {point.metric:.2f} ({point.text})"
+    )
+
+
+def _report(spec: StudySpec, output: Path | None = None) -> Path:
+    from lat_optuna import pipeline
+
+    return pipeline.report(spec, output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,554 @@
+"""From a study file to a trained, searched and reported model: what the command line does, for Python too.
+
+Everything is resumable: a finished step is recognised by what it left in the study's folder and is not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.spec import SpecError, StudySpec, resolve_checkpoint
+
+if TYPE_CHECKING:
+    import optuna
+
+    from lat_optuna.progress import Update
+    from lat_optuna.report import KeptWords
+    from lat_optuna.search.evaluator import Evaluator, ModelEvaluator
+    from lat_optuna.search.front import Baselines, Front
+    from lat_optuna.search.sampler import SearchPlan
+    from lat_optuna.search.worker import Ended, OnProgress, Search
+    from lat_optuna.tasks import Task
+
+# ---------------------------------------------------------------------- task and training
+
+
+def make_task(spec: StudySpec) -> Task:
+    """The task of a study file, tokenised with its model's tokenizer."""
+    settings = spec.task.model_dump(exclude={"type"})
+    checkpoint = resolve_checkpoint(spec.model)
+    if spec.task.type == "text_classification":
+        from lat_optuna.tasks.text_classification import TextClassification
+
+        return TextClassification(checkpoint, seed=spec.training.seed, **settings)
+    if spec.task.type == "question_answering":
+        from lat_optuna.tasks.question_answering import QuestionAnswering
+
+        return QuestionAnswering(checkpoint, seed=spec.training.seed, **settings)
+    from lat_optuna.tasks.stdlib_docs import StdlibDocs
+
+    return StdlibDocs(checkpoint, seed=spec.training.seed, **settings)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages of training (paper: section 4.1).
+
+    Attributes:
+        spec: The study.
+        adaptive: Whether this is the stage with LengthDrop.
+    """
+
+    spec: StudySpec
+    adaptive: bool
+
+    @property
+    def label(self) -> str:
+        """What people see."""
+        return "length-adaptive training" if self.adaptive else "standard fine-tuning"
+
+    @property
+    def folder(self) -> Path:
+        """Where the trained model lies; it appears whole, when the stage is done."""
+        return self.spec.adaptive_folder if self.adaptive else self.spec.standard_folder
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the stage is done.
+
+        Raises:
+            SpecError: It was done, or begun, with other settings than the study file's; the message names them.
+        """
+        self._check_settings()
+        return self.folder.is_dir()
+
+    def run(self, update: Update | None = None) -> Path:
+        """Train to the end, from the last checkpoint if there is one.
+
+        Args:
+            update: Is told of every optimiser step.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of that moment has been saved.
+        """
+        from lat_optuna.trainer import LengthAdaptation, fine_tune
+
+        self._check_settings()
+        training = self.spec.training
+        task = make_task(self.spec)
+        self._note_settings()
+        start = self.spec.standard_folder if self.adaptive else resolve_checkpoint(self.spec.model)
+        adaptation = (
+            LengthAdaptation(
+                p=training.p,
+                layer_drop=training.layer_drop,
+                num_random=training.num_random,
+                max_length=self.spec.task.max_length,
+                retention=self.spec.search.retention,
+            )
+            if self.adaptive
+            else None
+        )
+        with _graceful_interrupt() as interrupted:
+            trainer = fine_tune(
+                task.build_model(str(start)),
+                task,
+                self._arguments(),
+                adaptation=adaptation,
+                callbacks=[_progress_callback(update, interrupted)],
+            )
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        partial = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        trainer.save_model(str(partial))
+        task.tokenizer.save_pretrained(str(partial))
+        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; what matters of it is in settings.json
+        _write_json(partial / "losses.json", trainer.state.log_history)
+        partial.rename(self.folder)
+        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        return self.folder
+
+    @property
+    def _checkpoints(self) -> Path:
+        return self.spec.output / "checkpoints" / self.folder.name
+
+    def _arguments(self) -> Any:
+        from transformers import TrainingArguments
+
+        training = self.spec.training
+        rate = training.adaptive_learning_rate if self.adaptive else None
+        precision = best_precision() if training.precision == "auto" else training.precision
+        return TrainingArguments(
+            output_dir=str(self._checkpoints),
+            per_device_train_batch_size=training.batch_size,
+            gradient_accumulation_steps=training.gradient_accumulation,
+            learning_rate=rate or training.learning_rate,
+            num_train_epochs=training.adaptive_epochs if self.adaptive else training.epochs,
+            warmup_steps=training.warmup_ratio,
+            weight_decay=training.weight_decay,
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            seed=training.seed,
+            save_strategy="steps",
+            save_steps=training.save_steps,
+            save_total_limit=2,
+            logging_steps=20,
+            report_to="none",
+            disable_tqdm=True,
+            train_sampling_strategy="group_by_length",
+            dataloader_pin_memory=False,
+        )
+
+    # What a finished or begun stage was trained with lies beside it, so that a changed study file is noticed.
+
+    @property
+    def _settings_file(self) -> Path:
+        return self.spec.output / f"{self.folder.name}.settings.json"
+
+    def _settings(self) -> dict[str, Any]:
+        values = self.spec.model_dump(mode="json", include={"model", "task", "training"})
+        for section in ("model", "training"):
+            for key in {"sha256", "save_steps"} & set(values[section]):
+                del values[section][key]
+        if not self.adaptive:
+            for key in ("adaptive_learning_rate", "adaptive_epochs", "p", "layer_drop", "num_random"):
+                del values["training"][key]
+        return values
+
+    def _note_settings(self) -> None:
+        _make_folder(self.spec.output)
+        _write_json(self._settings_file, self._settings())
+
+    def _check_settings(self) -> None:
+        if not self._settings_file.exists() or not (self.folder.exists() or self._checkpoints.exists()):
+            return
+        before = json.loads(self._settings_file.read_text(encoding="utf-8"))
+        differing = [
+            f"{section}.{key} was {before.get(section, {}).get(key)!r}, now {value!r}"
+            for section, values in self._settings().items()
+            for key, value in values.items()
+            if before.get(section, {}).get(key) != value
+        ]
+        if differing:
+            raise SpecError(
+                f"{self.spec.output} holds a model with other settings: {'; '.join(differing)}; "
+                "choose another folder with --set output=FOLDER, or delete it"
+            )
+
+
+def stages(spec: StudySpec) -> tuple[Stage, Stage]:
+    """Standard fine-tuning, then length-adaptive training."""
+    return Stage(spec, adaptive=False), Stage(spec, adaptive=True)
+
+
+def train(spec: StudySpec, update: Update | None = None) -> Path:
+    """Both stages, as far as they are not done; returns the folder of the length-adaptive model."""
+    for stage in stages(spec):
+        if not stage.is_complete:
+            stage.run(update)
+    return spec.adaptive_folder
+
+
+def best_precision() -> str:
+    """``bf16`` where the device computes it natively, else ``fp32``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    # Without such instructions bf16 on a CPU is emulated, several times slower than fp32.
+    fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+# ---------------------------------------------------------------------- search
+
+
+@dataclass(frozen=True)
+class MakeEvaluator:
+    """Makes a study's evaluator on a device; pickles, so that every worker makes its own."""
+
+    spec: StudySpec
+    standard: bool = False
+
+    def __call__(self, device: str) -> ModelEvaluator:
+        """The evaluator of the length-adaptive model (or of the standard one) on ``device``."""
+        from lat_optuna.model import load
+        from lat_optuna.search.evaluator import ModelEvaluator
+
+        folder = self.spec.standard_folder if self.standard else self.spec.adaptive_folder
+        if not folder.is_dir():
+            raise SpecError(f"{folder} does not exist; train first: lat-optuna train STUDY")
+        search = self.spec.search
+        return ModelEvaluator(
+            load(folder),
+            make_task(self.spec),
+            device=device,
+            precision=search.precision,
+            protocol="real" if search.retention == "relative" else "padded",
+            retention=search.retention,
+        )
+
+
+def make_plan(spec: StudySpec, evaluator: Evaluator) -> SearchPlan:
+    """The search of a study file (paper: section 3.2)."""
+    from lat_optuna.search.sampler import SearchPlan
+
+    search = spec.search
+    return SearchPlan(
+        num_layers=evaluator.num_layers,
+        max_length=evaluator.max_length,
+        retention=evaluator.retention,
+        seed=search.seed,
+        p=spec.training.p,
+        cost=evaluator.cost,
+        num_initial=search.num_initial,
+        num_mutations=search.num_mutations,
+        num_crossovers=search.num_crossovers,
+        mutation_prob=search.mutation_prob,
+    )
+
+
+def default_device() -> str:
+    """Where a worker runs: the GPU of its LOCAL_RANK or SLURM_LOCALID, the first GPU, or the CPU."""
+    devices = default_devices()
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return devices[int(rank) % len(devices)] if rank.isdigit() else devices[0]
+
+
+def default_devices() -> list[str]:
+    """Every visible GPU, or the CPU."""
+    import torch
+
+    return [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def measure_standard(spec: StudySpec, update: Update | None = None) -> Baselines:
+    """Measure the standard model, dense and at the constant ratios of the search's initial population (Figure 2).
+
+    Results lie in ``baselines.json`` of the study's folder; what is there is not measured again.
+    """
+    from lat_optuna.search.front import Baselines, Measured, read_baselines, write_baselines
+
+    for stage in stages(spec):
+        if not stage.is_complete:
+            raise SpecError(f"{stage.folder} does not exist: train first (lat-optuna train STUDY)")
+    device = default_device()
+    evaluator = MakeEvaluator(spec, standard=True)(device)
+    plan = make_plan(spec, evaluator)
+    identity = "; ".join(f"{key} {value}" for key, value in sorted(evaluator.identity().items()))
+    baselines = read_baselines(spec.output)
+    if baselines is None or baselines.about.get("standard model") != identity:
+        baselines = Baselines(
+            metric=evaluator.metric_name,
+            examples=len(evaluator.task.features("validation")),
+            model=spec.model.checkpoint,
+            data=describe_data(evaluator),
+            protocol="real lengths, relative retention"
+            if evaluator.retention == "relative"
+            else "padded to max_length, absolute retention",
+            hardware=describe_hardware(device),
+            about=describe_run(spec) | {"standard model": identity},
+        )
+    for slot in range(plan.num_initial):
+        config = plan.initial(slot)
+        lengths = () if config.is_full else config.lengths
+        if lengths not in {point.lengths for point in baselines.standard}:
+            evaluation = evaluator.evaluate(None if config.is_full else config)
+            ratio = 1 - config.lengths[0] / config.max_length
+            point = Measured(evaluation.metric, evaluation.cost, ratio, lengths)
+            baselines = replace(baselines, standard=(*baselines.standard, point))
+            write_baselines(spec.output, baselines)
+        if update is not None:
+            update(slot + 1, plan.num_initial)
+    return baselines
+
+
+def search(
+    spec: StudySpec,
+    devices: Sequence[str] | None = None,
+    on_progress: OnProgress | None = None,
+    on_message: Callable[[str], None] | None = None,
+) -> Ended:
+    """Run a study's search with one local process a device, and put the front beside the model when it ends.
+
+    Args:
+        spec: The study; its model must be trained.
+        devices: One a worker; by default every visible GPU, or the CPU.
+        on_progress: Is told how far the search is.
+        on_message: Is told, in a line, of each worker's end.
+    """
+    from lat_optuna.search.worker import launch
+
+    _make_folder(spec.output)
+    try:
+        return launch(
+            _search_of(spec),
+            devices or default_devices(),
+            folder=spec.output / "logs",
+            on_progress=on_progress,
+            on_message=on_message,
+        )
+    finally:
+        publish(spec)
+
+
+def join(spec: StudySpec, device: str | None = None, on_progress: OnProgress | None = None) -> Ended:
+    """Work on a study's search as one worker, beside others anywhere."""
+    from lat_optuna.search.worker import run_worker
+
+    return run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
+
+
+def _search_of(spec: StudySpec) -> Search:
+    from lat_optuna.search.worker import Search
+
+    return Search(
+        storage=spec.storage,
+        name=spec.name,
+        make_evaluator=MakeEvaluator(spec),
+        make_plan=partial(make_plan, spec),
+        n_trials=spec.search.n_trials,
+        reproducible=spec.search.reproducible,
+    )
+
+
+# ---------------------------------------------------------------------- results
+
+
+def load_front(spec: StudySpec) -> tuple[optuna.Study, Front, Baselines | None]:
+    """A study's trials, their front, and what it is compared with.
+
+    Raises:
+        ValueError: The study does not exist yet, or its storage cannot be read.
+    """
+    from lat_optuna.search.front import Front, read_baselines
+    from lat_optuna.search.study import load_study
+
+    study = load_study(spec.storage, spec.name)
+    return study, Front.of(study), _with_adaptive_curve(read_baselines(spec.output), study)
+
+
+def publish(spec: StudySpec) -> None:
+    """Put the front into the checkpoint's side file and the note and figures into the dashboard, as they are now."""
+    from lat_optuna.dashboard import annotate
+    from lat_optuna.model.checkpoint import read_side_file, write_side_file
+    from lat_optuna.search.front import write_baselines
+
+    try:
+        study, front, baselines = load_front(spec)
+    except ValueError:
+        return  # the search ended before it had made its study
+    side = read_side_file(spec.adaptive_folder)
+    if side is not None:
+        write_side_file(spec.adaptive_folder, replace(side, metric=front.metric, front=front.side_points()))
+    if baselines is not None:
+        write_baselines(spec.output, baselines)
+    annotate(study, baselines, front=front, n_trials=spec.search.n_trials)
+
+
+def report(spec: StudySpec, path: Path | None = None) -> Path:
+    """Write a study's HTML report; returns its path (``report.html`` in the study's folder by default)."""
+    from lat_optuna.report import write_report
+
+    study, front, baselines = load_front(spec)
+    return write_report(
+        path or spec.output / "report.html",
+        study,
+        baselines,
+        front=front,
+        n_trials=spec.search.n_trials,
+        study_file=f"studies/{spec.name}.yaml",
+        checkpoint=str(spec.adaptive_folder),
+        words=kept_words(spec, front),
+    )
+
+
+def kept_words(spec: StudySpec, front: Front, budget: float = 0.5) -> list[KeptWords]:
+    """Which words each layer keeps of one example of the evaluation set, at the best point within ``budget``."""
+    from lat_optuna.model import load
+    from lat_optuna.model.inspection import kept_tokens
+    from lat_optuna.report import KeptWords
+
+    if not front.points or not spec.adaptive_folder.is_dir():
+        return []
+    point = front.pick(budget=max(budget, front.points[0].cost))
+    task = make_task(spec)
+    rows = task.features("validation")
+    lengths = [len(tokens) for tokens in rows["input_ids"]]
+    # One of a length that fits on a page: the first near the middle of what occurs.
+    middle = min(sorted(lengths)[len(lengths) // 2], 40)
+    row = rows[min(range(len(lengths)), key=lambda index: abs(lengths[index] - middle))]
+    model = load(spec.adaptive_folder).eval()
+    kept = kept_tokens(model, LengthConfig(point.lengths, front.max_length, spec.search.retention), row["input_ids"])
+    tokens = tuple(task.tokenizer.convert_ids_to_tokens(row["input_ids"]))
+    return [KeptWords(tokens, kept, f"at {point.cost:.2f}x FLOPs ({point.text})")]
+
+
+def _with_adaptive_curve(baselines: Baselines | None, study: optuna.Study) -> Baselines | None:
+    """The length-adaptive model at constant ratios: the study's own initial generation."""
+    from lat_optuna.search.front import Measured, points_of
+
+    if baselines is None:
+        return None
+    ratios = {point.lengths: point.ratio for point in baselines.standard}
+    curve = []
+    for point in points_of(study):
+        full = len(set(point.lengths)) == 1 and point.cost >= 1
+        lengths = () if full else point.lengths
+        if lengths in ratios:
+            curve.append(Measured(point.metric, point.cost, ratios[lengths], lengths))
+    return replace(baselines, length_adaptive=tuple(sorted(curve, key=lambda point: -point.cost)))
+
+
+def describe_run(spec: StudySpec) -> dict[str, str]:
+    """What was run, for reports: epochs, seeds, versions."""
+    import optuna
+    import torch
+    import transformers
+
+    training = spec.training
+    return {
+        "Training": f"{training.epochs:g} epochs of fine-tuning, {training.adaptive_epochs:g} with LengthDrop "
+        f"(p = {training.p}, LayerDrop {training.layer_drop}, {training.num_random} random sub-models), batch "
+        f"{training.batch_size * training.gradient_accumulation}, learning rate {training.learning_rate:g}",
+        "Seeds": f"training {training.seed}, search {spec.search.seed}",
+        "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, optuna {optuna.__version__}",
+    }
+
+
+def describe_data(evaluator: ModelEvaluator) -> str:
+    """Data set and numbers of features."""
+    task = evaluator.task
+    return (
+        f"{task.name} ({len(task.features('train')):,} training, {len(task.features('validation')):,} evaluation rows)"
+    )
+
+
+def describe_hardware(device: str) -> str:
+    """The device's name, and threads on a CPU."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------- small things
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpecError(f"output: cannot create {folder}: {error.strerror or error}") from None
+    if not os.access(folder, os.W_OK):
+        raise SpecError(f"output: {folder} is not writable")
+
+
+def _write_json(path: Path, content: Any) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+@contextmanager
+def _graceful_interrupt() -> Iterator[threading.Event]:
+    """The first Ctrl-C sets the event; a second one interrupts at once."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        event.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _progress_callback(update: Update | None, interrupted: threading.Event) -> Any:
+    from transformers import TrainerCallback
+
+    class ProgressCallback(TrainerCallback):
+        """Tells ``update`` of every step; on an interrupt saves a checkpoint and stops."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if update is not None:
+                logged = state.log_history[-1] if state.log_history else {}
+                update(state.global_step, state.max_steps, **{k: v for k, v in logged.items() if k.startswith("loss")})
+            if interrupted.is_set():
+                control.should_save = control.should_training_stop = True
+
+    return ProgressCallback()
