@@ -1,4 +1,4 @@
-"""Fixtures that several test files share."""
+"""Shared fixtures; that this file lies here also makes ``tests/*.py`` importable from every folder of tests."""
 
 from __future__ import annotations
 
