@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FINISHED = ("COMPLETE", "PRUNED")
+NO_FAILURE = ("lost claim", "handed back")
 PACKAGES = ("lat-optuna", "torch", "transformers", "optuna", "datasets")
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -477,13 +478,13 @@ class Progress:
     def of(cls, study: optuna.Study, target: int | None = None) -> Progress:
         """Count a study's trials."""
         trials = study.get_trials(deepcopy=False)
-        states = [trial.state.name for trial in trials]
         ended = [trial for trial in trials if trial.state.name in FINISHED]
         seconds = [trial.user_attrs.get("seconds") for trial in ended]
         return cls(
             finished=len(ended),
-            failed=states.count("FAIL"),
-            running=states.count("RUNNING"),
+            # A claim that came second, or that was handed back, is no failure.
+            failed=sum(t.state.name == "FAIL" and t.user_attrs.get("fail") not in NO_FAILURE for t in trials),
+            running=sum(t.state.name == "RUNNING" for t in trials),
             target=target,
             first=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
             last=max((trial.datetime_complete for trial in ended if trial.datetime_complete), default=None),
@@ -759,7 +760,8 @@ def _facts(
         facts["workers"] = ", ".join(part for part in (workers, ", ".join(progress.devices)) if part)
     facts |= dict(baselines.about) if baselines else {}
     facts |= dict(about)
-    facts["versions"] = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    if not any(name.lower() == "versions" for name in facts):
+        facts["versions"] = ", ".join(f"{name} {version}" for name, version in _versions().items())
     return {key: value for key, value in facts.items() if value}
 
 

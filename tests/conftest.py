@@ -42,6 +42,7 @@ def browse(chromium):
     @contextmanager
     def open_page(**options) -> Iterator:
         context = chromium.new_context(**options)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))

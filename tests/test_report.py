@@ -270,6 +270,13 @@ def test_a_running_study_has_a_page_that_says_so(tmp_path):
     )
 
 
+def test_lost_claims_are_no_failures():
+    study = stand_in_study(3)
+    for reason in ("lost claim", "handed back", "died: worker a"):
+        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail": reason}))
+    assert str(report.Progress.of(study, 3)) == "3 of 3 trials, 1 failed"
+
+
 def test_three_objectives_are_named_and_one_left_out(tmp_path):
     study = stand_in_study(20, directions=("maximize", "minimize", "minimize"))
     page = report.write_report(tmp_path / "r.html", study).read_text()

@@ -175,9 +175,9 @@ def points_of(study: optuna.Study) -> list[Point]:
         config = LengthConfig.from_parameters(trial.params, layers, max(bounds))
         attrs = trial.user_attrs
         generation, operation, seconds = attrs.get("generation"), attrs.get("operation"), attrs.get("seconds")
-        extra = dict(zip(names[2:], trial.values[2:], strict=True))
-        if isinstance(attrs.get("latency_ms"), int | float):
-            extra["latency_ms"] = float(attrs["latency_ms"])
+        measured = {**(attrs.get("details") or {}), **dict(zip(names[2:], trial.values[2:], strict=True))}
+        measured.pop(names[0], None)
+        extra = {name: float(value) for name, value in measured.items() if isinstance(value, int | float)}
         points.append(
             Point(
                 lengths=config.lengths,
@@ -274,17 +274,21 @@ class Front:
                 beside the points and do not shape the front.
             low: Cost of the smallest configuration that training reached; by default what the study says of it.
         """
-        points = points_of(study)
-        if low is None:
-            low = study.user_attrs.get("low")
-        retention = study.user_attrs.get("retention", "relative")
-        highs = (
-            getattr(distribution, "high", 0)
-            for trial in study.get_trials(deepcopy=False)
-            for name, distribution in trial.distributions.items()
-            if name.startswith("length_")
+        attrs = study.user_attrs
+        plan = attrs.get("identity", {}).get("plan", {})
+        max_length = plan.get("max_length", 0)
+        if not max_length:
+            # A study of somebody else's sampler: the bounds tell.
+            trials = study.get_trials(deepcopy=False)
+            lengths = (d for trial in trials for name, d in trial.distributions.items() if name.startswith("length_"))
+            max_length = max((getattr(distribution, "high", 0) for distribution in lengths), default=0)
+        return cls.from_points(
+            points_of(study),
+            objective_names(study)[0],
+            max_length,
+            attrs.get("low") if low is None else low,
+            plan.get("retention", "relative"),
         )
-        return cls.from_points(points, objective_names(study)[0], max(highs, default=0), low, retention)
 
     @classmethod
     def of_side_file(cls, side: SideFile, low: float | None = None) -> Front:

@@ -169,6 +169,26 @@ def test_a_third_objective_lies_beside_the_points():
     assert front.pick(latency_ms=6.0).cost <= 0.6
 
 
+def test_a_study_of_ours_says_what_its_lengths_mean():
+    study = make_study(20)
+    assert (Front.of(study).low, Front.of(study).retention) == (None, "relative")
+    study.set_user_attr("low", 0.5)
+    study.set_user_attr("identity", {"plan": {"max_length": 96, "retention": "absolute"}})
+    front = Front.of(study)
+    assert (front.low, front.max_length, front.retention) == (0.5, 96, "absolute")
+    assert min(point.cost for point in front.points) >= 0.5
+
+
+def test_further_figures_of_an_evaluation_lie_beside_the_points():
+    study = make_study(1)
+    (trial,) = study.trials
+    trial.user_attrs["details"] = {"f1": 80.0, "accuracy": 90.0, "note": "none"}
+    other = make_study(0)
+    other.add_trial(trial)
+    (point,) = points_of(other)
+    assert point.extra == {"f1": 80.0}
+
+
 @pytest.mark.parametrize("directions", [("maximize",), ("minimize", "minimize"), ("minimize", "maximize")])
 def test_other_objectives_are_refused(directions):
     study = optuna.create_study(directions=directions)
