@@ -198,7 +198,7 @@ def load_model(auto_class: Any, checkpoint: str, **settings: Any) -> PreTrainedM
         return auto_class.from_pretrained(
             str(checkpoint), dtype=torch.float32, ignore_mismatched_sizes=True, trust_remote_code=False, **settings
         )
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise FileNotFoundError(_no_checkpoint("model", checkpoint, error)) from error
 
 

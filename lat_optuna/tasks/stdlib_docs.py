@@ -6,7 +6,8 @@ import ast
 import hashlib
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -68,7 +69,8 @@ class Passage(NamedTuple):
     source: str
 
 
-def passages(library: Path | None = None) -> dict[Split, list[Passage]]:
+@cache  # reading takes seconds, and a study makes its task several times
+def passages(library: Path | None = None) -> Mapping[Split, tuple[Passage, ...]]:
     """Read the standard library's documentation strings from its source files; nothing is imported.
 
     A text that occurs more than once (letter case, digits and punctuation aside) is kept once, or dropped if its
@@ -101,10 +103,11 @@ def passages(library: Path | None = None) -> dict[Split, list[Passage]]:
     if not found:
         raise FileNotFoundError(f"{library} holds no sources of Python's standard library to read documentation from")
     found.sort(key=lambda passage: passage.source)
-    splits: dict[Split, list[Passage]] = {"train": [], "validation": []}
-    for passage in found:
-        splits["validation" if _share(passage.source) < VALIDATION_SHARE else "train"].append(passage)
-    return splits
+    held_out = [_share(passage.source) < VALIDATION_SHARE for passage in found]
+    return {
+        "train": tuple(passage for passage, out in zip(found, held_out, strict=True) if not out),
+        "validation": tuple(passage for passage, out in zip(found, held_out, strict=True) if out),
+    }
 
 
 class StdlibDocs(Classification):
