@@ -5,18 +5,25 @@
   const $ = (id) => document.getElementById(id);
   const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
 
-  for (const [name, figure] of Object.entries(data.figures)) {
+  const drawn = [];
+  function draw(name) {
+    const figure = data.figures[name];
     const place = $("figure-" + name);
     const narrow = place.clientWidth < 520;
     if (narrow) figure.layout.legend = { ...figure.layout.legend, font: { size: 11 } };
     figure.layout.font = { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13 };
     Plotly.newPlot(place, figure.data, figure.layout, { ...config, displayModeBar: narrow ? false : "hover" });
+    drawn.push(place);
   }
+  // The front comes first, so that a budget can be chosen while the others are being drawn.
+  draw("front");
+  for (const name of Object.keys(data.figures)) if (name !== "front") setTimeout(draw, 0, name);
+
   // A figure has a fixed width in print, whatever the window's.
   addEventListener("beforeprint", () => resize({ width: 680 }));
   addEventListener("afterprint", () => resize({ width: null, autosize: true }));
   function resize(layout) {
-    for (const name of Object.keys(data.figures)) Plotly.relayout("figure-" + name, layout);
+    for (const place of drawn) Plotly.relayout(place, layout);
   }
 
   if (!points.length) return;
