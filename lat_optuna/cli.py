@@ -250,7 +250,12 @@ def _check_devices(names: list[str]) -> None:
 
 @contextmanager
 def _search_progress(spec: StudySpec) -> Iterator[OnProgress]:
+    import optuna
+
     from lat_optuna.progress import progress
+
+    if not click.get_current_context().find_root().params.get("debug"):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
 
     with progress("search", spec.search.n_trials, "trials") as update:
         yield lambda now: update(now.done, now.total, AUC=now.auc, trials_per_s=now.rate, failed=now.failed or None)

@@ -235,16 +235,16 @@ class MakeEvaluator:
 
     def __call__(self, device: str) -> ModelEvaluator:
         """The evaluator of the length-adaptive model (or of the standard one) on ``device``."""
-        from lat_optuna.model import load
+        from lat_optuna.model import adapt, load
         from lat_optuna.search.evaluator import ModelEvaluator
 
         folder = self.spec.standard_folder if self.standard else self.spec.adaptive_folder
         if not folder.is_dir():
             raise SpecError(f"{folder} does not exist; train first: lat-optuna train STUDY")
-        search = self.spec.search
+        search, task = self.spec.search, make_task(self.spec)
         return ModelEvaluator(
-            load(folder),
-            make_task(self.spec),
+            adapt(task.build_model(str(folder))) if self.standard else load(folder),
+            task,
             device=device,
             precision=search.precision,
             protocol="real" if search.retention == "relative" else "padded",

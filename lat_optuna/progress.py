@@ -8,13 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
+import click
+
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Update(Protocol):
     """Tells how far the work is; ``figures`` are shown beside the count."""
 
-    def __call__(self, done: float, total: float | None = None, **figures: Any) -> None: ...
+    def __call__(self, done: float, total: float | None = None, **figures: Any) -> None:
+        """Show that ``done`` of ``total`` (unchanged if ``None``) is done."""
 
 
 @contextmanager
@@ -40,7 +43,14 @@ def progress(label: str, total: float, unit: str = "") -> Iterator[Update]:
 @contextmanager
 def _bar(label: str, total: float, unit: str) -> Iterator[Update]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     columns = (
         TextColumn("{task.description}"),
@@ -71,7 +81,7 @@ def _lines(label: str, total: float, unit: str) -> Iterator[Update]:
     def show() -> None:
         done, of, figures = last
         seconds = time.monotonic() - start
-        print(f"{label}: {done:g}/{of:g} {unit}, {seconds:.0f} s  {figures}".rstrip(), file=sys.stderr, flush=True)
+        click.echo(f"{label}: {done:g}/{of:g} {unit}, {seconds:.0f} s  {figures}".rstrip(), err=True)
 
     shown: tuple[float, float, str] | None = None
 

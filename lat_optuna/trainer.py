@@ -23,7 +23,7 @@ import safetensors
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lat_optuna.length_config import LengthConfig, Retention
@@ -442,7 +442,7 @@ def fine_tune(
         args: As for ``Trainer``.
         adaptation: ``None`` for ordinary fine-tuning (stage 1), otherwise length-adaptive training (stage 2).
         resume: Whether to go on from the last complete checkpoint in ``args.output_dir``.
-        callbacks: As for ``Trainer``.
+        callbacks: As for ``Trainer``; where there are any, they report and Trainer itself prints nothing.
 
     Returns:
         The trainer, after training; ``trainer.model`` is the trained model.
@@ -476,6 +476,8 @@ def fine_tune(
         trainer: Trainer = ExactTrainer(**shared)
     else:
         trainer = LengthAdaptiveTrainer(adaptation=adaptation, **shared)
+    if callbacks:
+        trainer.remove_callback(PrinterCallback)
     if checkpoint is not None:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         if 0 < args.max_steps <= state.global_step:  # Trainer would train one more step in an epoch that has begun
