@@ -21,7 +21,8 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model.families import Family, family_of, head_kind, reads_first_row
-from lat_optuna.model.plan import Choice, Pass, make_plan, restore, take_rows
+from lat_optuna.model.plan import Choice, Pass, make_plan, restore
+from lat_optuna.model.rows import take_rows
 from lat_optuna.model.significance import attention_probabilities, choose_rows, context_of_rows, significance
 
 Mode = Literal["restore", "eliminate"]
@@ -267,7 +268,9 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
     query, key, value = this.family.project(layer, hidden, kwargs)
     probabilities = attention_probabilities(query, key, _allowed(layer, this, source, hidden))
     if index not in this.choices:
-        this.choices[index] = _choose(this, index, significance(probabilities, real), real)
+        # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
+        # same tensors for its backward pass as the first run did.
+        this.choices[index] = _choose(this, index, significance(probabilities.detach(), real), real)
         this.entered[index] = hidden
     rows = this.choices[index].rows
     context = context_of_rows(probabilities, value, rows, this.family.dropout(layer) if layer.training else 0.0)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+
+from lat_optuna.model.rows import take_rows
 
 Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Query, key and value, each (batch, heads, rows, head size)."""
@@ -101,7 +104,101 @@ DISTILBERT = Family(
     dropout=lambda layer: layer.attention.dropout.p,
 )
 
-FAMILIES = (BERT, DISTILBERT)
+
+def _albert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+    own = layer.attention
+    return _heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
+
+
+def _albert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    own = layer.attention
+    attended = own.LayerNorm(residual + own.output_dropout(own.dense(context)))
+    return layer.full_layer_layer_norm(layer.ff_chunk(attended) + attended)
+
+
+ALBERT = Family(
+    model_types=("albert",),
+    layers=lambda group: group.albert_layers,
+    groups=lambda base: base.encoder.albert_layer_groups,
+    project=_albert_project,
+    finish=_albert_finish,
+    dropout=lambda layer: layer.attention.attention_dropout.p,
+)
+
+
+# ------------------------------------------------------------------------------- pre-norm: ModernBERT, ViT, DeiT
+
+
+def _modernbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+    own = layer.attn
+    projected = own.Wqkv(layer.attn_norm(hidden)).unflatten(-1, (3, -1, own.head_dim))
+    query, key, value = (each.transpose(1, 2) for each in projected.unbind(-3))
+    cos, sin = kwargs["position_embeddings"]
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    return query, key, value
+
+
+def _modernbert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    hidden = residual + layer.attn.out_drop(layer.attn.Wo(context))
+    return hidden + layer.mlp(layer.mlp_norm(hidden))
+
+
+def _modernbert_follow(kwargs: dict[str, Any], positions: torch.Tensor) -> dict[str, Any]:
+    def of_kept(table: torch.Tensor) -> torch.Tensor:
+        """(1 or batch, tokens, head size) to (batch, width, head size); filler takes the last token's."""
+        valid = positions.clamp(max=table.size(1) - 1)
+        return table[0][valid] if table.size(0) == 1 else take_rows(table, valid)
+
+    cos, sin = kwargs["position_embeddings"]
+    return {**kwargs, "position_embeddings": (of_kept(cos), of_kept(sin))}
+
+
+MODERNBERT = Family(
+    model_types=("modernbert",),
+    layers=lambda base: base.layers,
+    project=_modernbert_project,
+    finish=_modernbert_finish,
+    dropout=lambda layer: layer.attn.attention_dropout,
+    final_norm=lambda base: base.final_norm,
+    follow=_modernbert_follow,
+    window=lambda layer: layer.config.sliding_window if layer.attention_type == "sliding_attention" else None,
+)
+
+
+def _vit_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+    own = layer.attention
+    return _heads(layer.layernorm_before(hidden), (own.q_proj, own.k_proj, own.v_proj), own.head_dim)
+
+
+def _vit_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    hidden = residual + layer.dropout(layer.attention.o_proj(context))
+    return hidden + layer.dropout(layer.mlp(layer.layernorm_after(hidden)))
+
+
+def _vit_size(base: Any, arguments: Mapping[str, Any]) -> int:
+    """Patches of the image, and the special tokens before them."""
+    pixels = arguments.get("pixel_values")
+    if pixels is None:
+        raise ValueError("You have to specify pixel_values")
+    height, width = base.embeddings.patch_embeddings.projection.stride
+    special = base.embeddings.position_embeddings.size(1) - base.embeddings.patch_embeddings.num_patches
+    return (pixels.shape[-2] // height) * (pixels.shape[-1] // width) + special
+
+
+VIT = Family(
+    model_types=("vit",),
+    layers=lambda base: base.layers,
+    project=_vit_project,
+    finish=_vit_finish,
+    dropout=lambda layer: layer.attention.attention_dropout,
+    tokens=_vit_size,
+    final_norm=lambda base: base.layernorm,
+)
+
+# The second token is distillation's; its head reads it.
+DEIT = replace(VIT, model_types=("deit",), protected=2)
+
+FAMILIES = (BERT, DISTILBERT, ALBERT, MODERNBERT, VIT, DEIT)
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -119,7 +216,7 @@ def family_of(config: PreTrainedConfig) -> Family:
             f"models of type {config.model_type!r} cannot be adapted; those of type {known} can. To add a family:\n"
             "1. write a Family in lat_optuna/model/families.py: where its layers are, how one projects and finishes;\n"
             "2. append it to FAMILIES;\n"
-            "3. add a tiny model of it to tests/model/zoo.py, which every test runs on (docs/adding-a-family.md)."
+            "3. add a tiny model of it to tests/zoo.py, which every test runs on (docs/adding-a-family.md)."
         )
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError(
@@ -153,6 +250,8 @@ def reads_first_row(model: PreTrainedModel) -> bool:
     """Whether the head needs nothing but the vectors that are always kept."""
     if head_kind(model) != "sequence":
         return False
+    if type(model).__name__ == "ModernBertForMultipleChoice":
+        return False  # looks for [CLS] where the attention mask of the whole input begins
     config = model.config
     mean = getattr(config, "classifier_pooling", "cls") != "cls"
     return not mean and getattr(config, "summary_type", "first") == "first"

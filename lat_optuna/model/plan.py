@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from lat_optuna.length_config import MIN_LENGTH, LengthConfig
 from lat_optuna.model.families import Family
+from lat_optuna.model.rows import take_rows
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class Pass:
     groups: int = 0
 
 
+@torch.compiler.disable
 def make_plan(
     config: LengthConfig | None,
     skip_layers: Collection[int],
@@ -209,14 +211,3 @@ def restore(done: Pass, output: torch.Tensor, norm: torch.nn.Module | None = Non
     aside = torch.cat(blocks, 1)
     values = torch.cat([aside if norm is None else norm(aside), output], 1)
     return take_rows(values, latest[:, :-1]).to(output.dtype)
-
-
-def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """``values[b, rows[b, i]]`` for (batch, width, ...) values and (batch, kept) rows: (batch, kept, ...).
-
-    Whole rows of a flat matrix are copied: on a CPU several times faster than ``gather`` with an expanded index.
-    """
-    batch, width = values.shape[:2]
-    flat = rows + torch.arange(0, batch * width, width, device=rows.device)[:, None]
-    taken = values.reshape(batch * width, -1).index_select(0, flat.reshape(-1))
-    return taken.view(batch, rows.size(1), *values.shape[2:])

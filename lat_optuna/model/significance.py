@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from lat_optuna.model.plan import take_rows
+from lat_optuna.model.rows import take_rows
 
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:

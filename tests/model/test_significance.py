@@ -1,0 +1,89 @@
+"""The fast significance keeps what the plain reference keeps; padding neither votes nor survives."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lat_optuna.model.significance import (
+    attention_probabilities,
+    choose_rows,
+    context_of_rows,
+    reference_rows,
+    reference_significance,
+    significance,
+)
+
+
+def heads(batch, rows, seed, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return [(2 * torch.randn(batch, 3, rows, 4)).to(dtype) for _ in range(3)]
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(0, 3),
+    st.integers(1, 2),
+    st.data(),
+    st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=60)
+def test_a_ragged_padded_batch_keeps_what_the_reference_keeps(ns, more, protected, data, seed):
+    rows = max(ns) + more
+    counts = [data.draw(st.integers(min(protected, n), n)) for n in ns]
+    query, key, _ = heads(len(ns), rows, seed)
+    real = torch.arange(rows) < torch.tensor(ns)[:, None]
+    probabilities = attention_probabilities(query, key, real[:, None, None])
+    votes = significance(probabilities, real)
+    chosen = choose_rows(votes, max(counts), torch.tensor(counts), real, protected)
+    for example, (n, count) in enumerate(zip(ns, counts, strict=True)):
+        alone = attention_probabilities(query[example : example + 1, :, :n], key[example : example + 1, :, :n], None)[0]
+        torch.testing.assert_close(votes[example, :n], torch.tensor(reference_significance(alone)))
+        assert chosen[example, :count].tolist() == reference_rows(alone, count, protected)
+        assert (chosen[example, count:] == rows).all()
+
+
+def test_the_reference_on_an_example_worked_out_by_hand():
+    probabilities = torch.tensor(
+        [[[0.2, 0.1, 0.7, 0.0], [0.1, 0.1, 0.7, 0.1], [0.5, 0.1, 0.2, 0.2], [0.0, 0.4, 0.4, 0.2]]]
+    )
+    assert reference_significance(probabilities) == pytest.approx([0.8, 0.7, 2.0, 0.5])
+    assert [reference_rows(probabilities, count) for count in (1, 2, 3)] == [[0], [0, 2], [0, 1, 2]]
+    assert reference_rows(probabilities, 3, protected=2) == [0, 1, 2]
+
+
+def test_kept_rows_keep_their_order_and_ties_go_to_the_earlier_position():
+    votes = torch.tensor([[0.0, 1.0, 3.0, 1.0, 1.0, 2.0]])
+    assert choose_rows(votes, 4).tolist() == [[0, 1, 2, 5]]
+    assert choose_rows(torch.zeros(1, 300), 5).tolist() == [[0, 1, 2, 3, 4]]
+
+
+def test_the_first_real_row_stays_however_little_it_receives():
+    votes = torch.tensor([[9.0, 9.0, 0.0, 5.0, 6.0]])
+    real = torch.tensor([[False, False, True, True, True]])
+    assert choose_rows(votes, 2, real=real).tolist() == [[2, 4]]
+    assert choose_rows(votes, 2, real=real, protected=2).tolist() == [[2, 3]]
+
+
+def test_padding_does_not_vote():
+    query, key, _ = heads(1, 6, 0)
+    real = torch.tensor([[True, True, True, True, False, False]])
+    votes = significance(attention_probabilities(query, key, real[:, None, None]), real)
+    torch.testing.assert_close(votes.sum(), torch.tensor(3 * 4.0))
+    assert (votes[0, 4:] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_significance_accumulates_in_fp32(dtype):
+    query, key, _ = heads(2, 200, 1, dtype)
+    votes = significance(attention_probabilities(query, key, None), None)
+    assert votes.dtype == torch.float32
+    torch.testing.assert_close(votes.sum(-1), torch.full((2,), 600.0))
+
+
+def test_context_is_plain_attention_for_the_rows_that_stay():
+    query, key, value = heads(2, 7, 3)
+    rows = torch.tensor([[0, 2, 6], [1, 3, 4]])
+    context = context_of_rows(attention_probabilities(query, key, None), value, rows)
+    plain = torch.nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(context, plain[torch.arange(2)[:, None], rows])
