@@ -66,8 +66,9 @@ def _bar(label: str, total: float, unit: str) -> Iterator[Update]:
         task = bars.add_task(label, total=total, figures="")
 
         def update(done: float, total: float | None = None, **figures: Any) -> None:
-            shown = {"figures": _figures(figures)} if figures else {}
-            bars.update(task, completed=done, total=total, **shown)
+            bars.update(task, completed=done, total=total)
+            if figures:
+                bars.update(task, figures=_figures(figures))
 
         yield update
 

@@ -260,7 +260,7 @@ def _explain(path: Path, values: Any, detail: Any) -> str:
     return f"{path}: {key}: {detail['msg']} (given: {shown})"
 
 
-_TASKS = {
+_TASKS: dict[str, type[BaseModel]] = {
     "text_classification": TextClassificationSpec,
     "question_answering": QuestionAnsweringSpec,
     "stdlib_docs": StdlibDocsSpec,
