@@ -24,7 +24,7 @@ EVALUATION = "1"
 EvaluationProtocol = Literal["real", "padded"]
 Precision = Literal["fp32", "bf16"]
 TOKENS_PER_BATCH = {"cpu": 512, "cuda": 65536}
-"""Measured with MiniLM on a CPU: 256 to 1,024 tokens lie within 10 % of each other, 4,096 take a third longer. The
+"""Measured with MiniLM on one CPU thread: 256 to 1,024 tokens differ by about 10 %, 4,096 take 30-50 % longer. The
 number for GPUs is a guess."""
 
 
