@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STUDY ?= studies/quickstart.yaml
+# One thread and one process a core: tests are many small models, and OpenMP's threads would wait for each other.
+RUN_TESTS = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile $(PYTEST)
 
 .PHONY: quickstart test test-all lint format install wheel clean
 .DELETE_ON_ERROR:
@@ -27,10 +29,10 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/lat-optuna quickstart $(STUDY)
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'not slow' $(PYTEST)
+	$(RUN_TESTS) -m 'not slow'
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST)
+	$(RUN_TESTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

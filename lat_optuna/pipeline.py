@@ -93,6 +93,8 @@ class Stage:
         Raises:
             KeyboardInterrupt: Ctrl-C was pressed; a checkpoint of that moment has been saved.
         """
+        from transformers import set_seed
+
         from lat_optuna.trainer import LengthAdaptation, fine_tune
 
         self._check_settings()
@@ -111,6 +113,7 @@ class Stage:
             if self.adaptive
             else None
         )
+        set_seed(training.seed)  # a new head's weights are drawn before Trainer seeds anything
         with _graceful_interrupt() as interrupted:
             trainer = fine_tune(
                 task.build_model(str(start)),
@@ -413,6 +416,7 @@ def report(spec: StudySpec, path: Path | None = None) -> Path:
     """Write a study's HTML report; returns its path (``report.html`` in the study's folder by default)."""
     from lat_optuna.report import write_report
 
+    publish(spec)  # workers that joined from elsewhere leave that to us
     study, front, baselines = load_front(spec)
     return write_report(
         path or spec.output / "report.html",

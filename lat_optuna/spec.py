@@ -37,16 +37,20 @@ class ModelSpec(_Section):
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
 
 
+DataSpec = str | dict[str, str | list[str]]
+"""A name on the hub, a folder, or split -> file or files."""
+
+
 class TextClassificationSpec(_Section):
     """See :class:`lat_optuna.tasks.text_classification.TextClassification`."""
 
     type: Literal["text_classification"]
-    data: str
+    data: DataSpec
     subset: str | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str = "label"
     max_length: int = Field(default=128, ge=8)
-    train_split: str = "train"
+    train_split: str | None = "train"
     validation_split: str = "validation"
     train_rows: int | None = Field(default=None, ge=1)
     validation_rows: int | None = Field(default=None, ge=1)
@@ -56,7 +60,7 @@ class QuestionAnsweringSpec(_Section):
     """See :class:`lat_optuna.tasks.question_answering.QuestionAnswering`."""
 
     type: Literal["question_answering"]
-    data: str
+    data: DataSpec
     subset: str | None = None
     max_length: int = Field(default=384, ge=32)
     stride: int = Field(default=128, ge=0)
