@@ -466,7 +466,7 @@ class Ledger:
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """End a trial as failed; its slot is free again."""
-        return self._end(claim.trial_id, redact(reason))
+        return self._end(claim.trial_id, " ".join(redact(reason).split()))
 
     def hand_back(self) -> None:
         """Give back whatever this worker has claimed and not finished; not a failure."""

@@ -212,7 +212,9 @@ def _work(
         try:
             evaluation = evaluator.evaluate(claim.config)
         except Exception as error:
-            logger.exception("trial %d failed: %s", claim.number, claim.config)
+            # One line for people; the traceback goes to workers' logs and to those who asked for more.
+            wanted = logger.isEnabledFor(logging.INFO)
+            logger.warning("trial %d (%s) failed: %s", claim.number, claim.config, _first_line(error), exc_info=wanted)
             ledger.fail(claim, f"error: {type(error).__name__}: {error}")
         else:
             ledger.complete(claim, evaluation)
