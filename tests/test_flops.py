@@ -26,7 +26,7 @@ def text_model(request):
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_batches_of_text(text_model, data):
     ns = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
     max_length = data.draw(st.integers(2, 40))

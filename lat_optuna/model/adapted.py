@@ -182,23 +182,33 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        config, skipped = _overrides.get().get(id(self), (self._length_config, frozenset()))
-        if config is None and not skipped:
-            return dense(self, *args, **kwargs)
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        _refuse(self.config, arguments)
-        family = family_of(self.config)
-        mask = arguments.get("attention_mask")
-        plan = make_plan(config, skipped, _layer_count(self), family.tokens(self, arguments), mask)
-        this = Pass(plan, family, self.config)
+        this = _begin(self, arguments)
+        if this is None:
+            return dense(self, *args, **kwargs)
         as_tuple = not _option(self.config, arguments, "return_dict", True)
         outputs = dense(self, *args, **{**kwargs, "return_dict": True, PASS: this})
         if self._length_mode == "restore":
-            norm = family.final_norm(self) if family.final_norm else None
+            norm = this.family.final_norm(self) if this.family.final_norm else None
             outputs.last_hidden_state = restore(this, outputs.last_hidden_state, norm)
         return outputs.to_tuple() if as_tuple else outputs
 
     return forward
+
+
+# Planning reads a context variable and, with a mask, the device: compiled regions begin after it. What follows depends
+# on which layers drop, but its numbers are symbols there: configurations with one pattern share one graph.
+@torch.compiler.disable
+def _begin(base: Any, arguments: Mapping[str, Any]) -> Pass | None:
+    """The plan of this forward pass; ``None`` where it is dense."""
+    config, skipped = _overrides.get().get(id(base), (base._length_config, frozenset()))
+    if config is None and not skipped:
+        return None
+    _refuse(base.config, arguments)
+    family = family_of(base.config)
+    tokens = family.tokens(base, arguments)
+    plan = make_plan(config, skipped, _layer_count(base), tokens, arguments.get("attention_mask"))
+    return Pass(plan, family, base.config)
 
 
 def _option(config: Any, arguments: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -59,7 +59,7 @@ class Family:
     window: Callable[[Any], int | None] | None = None
 
 
-def _heads(hidden: torch.Tensor, projections: Sequence[nn.Module], head_size: int) -> Heads:
+def project_heads(hidden: torch.Tensor, projections: Sequence[nn.Module], head_size: int) -> Heads:
     """(batch, rows, hidden) through three projections to (batch, heads, rows, head size) each."""
     query, key, value = (each(hidden).unflatten(-1, (-1, head_size)).transpose(1, 2) for each in projections)
     return query, key, value
@@ -70,7 +70,7 @@ def _heads(hidden: torch.Tensor, projections: Sequence[nn.Module], head_size: in
 
 def _bert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
     own = layer.attention.self
-    return _heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
+    return project_heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
 
 
 def _bert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ BERT = Family(
 
 def _distilbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
     own = layer.attention
-    return _heads(hidden, (own.q_lin, own.k_lin, own.v_lin), own.attention_head_size)
+    return project_heads(hidden, (own.q_lin, own.k_lin, own.v_lin), own.attention_head_size)
 
 
 def _distilbert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ DISTILBERT = Family(
 
 def _albert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
     own = layer.attention
-    return _heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
+    return project_heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
 
 
 def _albert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ MODERNBERT = Family(
 
 def _vit_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
     own = layer.attention
-    return _heads(layer.layernorm_before(hidden), (own.q_proj, own.k_proj, own.v_proj), own.head_dim)
+    return project_heads(layer.layernorm_before(hidden), (own.q_proj, own.k_proj, own.v_proj), own.head_dim)
 
 
 def _vit_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,8 @@ VIT = Family(
 # The second token is distillation's; its head reads it.
 DEIT = replace(VIT, model_types=("deit",), protected=2)
 
-FAMILIES = (BERT, DISTILBERT, ALBERT, MODERNBERT, VIT, DEIT)
+FAMILIES = [BERT, DISTILBERT, ALBERT, MODERNBERT, VIT, DEIT]
+"""Searched in this order. A program may append a family of its own before it adapts a model."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:

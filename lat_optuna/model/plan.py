@@ -24,7 +24,6 @@ class Step:
         ragged: Whether some examples leave with fewer rows than ``width``.
         source: The layer before this one that dropped last, whose choice the rows that enter follow; ``None`` where
             the input enters as it came.
-        source_ragged: ``ragged`` of that layer, or of the input.
     """
 
     runs: bool
@@ -32,7 +31,6 @@ class Step:
     width: int
     ragged: bool
     source: int | None
-    source_ragged: bool
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,13 @@ class Plan:
         steps: One a layer.
         tokens: Rows of the input, padding included.
         real: (batch, tokens) bool, which rows are real; ``None`` where all are.
-        counts: (layers, batch) rows that each layer keeps; ``None`` where all examples are equally long.
+        counts: Rows that each layer keeps, one (batch,) tensor a layer; ``None`` where all examples are equally long.
     """
 
     steps: tuple[Step, ...]
     tokens: int
     real: torch.Tensor | None
-    counts: torch.Tensor | None
+    counts: tuple[torch.Tensor, ...] | None
 
     def real_rows(self, source: int | None) -> torch.Tensor | None:
         """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input)."""
@@ -58,7 +56,8 @@ class Plan:
         step = self.steps[source]
         if not step.ragged or self.counts is None:
             return None
-        return torch.arange(step.width, device=self.counts.device) < self.counts[source, :, None]
+        counts = self.counts[source]
+        return torch.arange(step.width, device=counts.device) < counts[:, None]
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ class Pass:
     groups: int = 0
 
 
-@torch.compiler.disable
 def make_plan(
     config: LengthConfig | None,
     skip_layers: Collection[int],
@@ -140,20 +138,20 @@ def make_plan(
         return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens)
 
     steps: list[Step] = []
-    width, ragged, source, source_ragged = tokens, True, None, True
+    width, ragged, source = tokens, True, None
     for layer in range(layers):
         if layer not in runs:
-            steps.append(Step(False, False, width, ragged, source, source_ragged))
+            steps.append(Step(False, False, width, ragged, source))
             continue
         at = runs.index(layer)
         # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
         drops = bool(falling[at]) or (config is not None and bool(padded_left) and at == 0)
         if drops:
             width, ragged = most[at + 1], least[at + 1] < most[at + 1]
-        steps.append(Step(True, drops, width, ragged, source, source_ragged))
+        steps.append(Step(True, drops, width, ragged, source))
         if drops:
-            source, source_ragged = layer, ragged
-    return Plan(tuple(steps), tokens, real, counts)
+            source = layer
+    return Plan(tuple(steps), tokens, real, counts.unbind(0))
 
 
 def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) -> Plan:
@@ -163,7 +161,7 @@ def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) 
     for layer in range(layers):
         drops = layer in runs and lengths[layer] < width
         width = lengths[layer] if drops else width
-        steps.append(Step(layer in runs, drops, width, False, source, False))
+        steps.append(Step(layer in runs, drops, width, False, source))
         source = layer if drops else source
     return Plan(tuple(steps), tokens, None, None)
 

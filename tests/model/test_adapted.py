@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import logging
 import pickle
 import threading
+from random import Random
 
 import pytest
 import torch
@@ -446,18 +448,49 @@ def test_the_trainer_takes_an_adapted_model(tmp_path):
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
-def test_compiled_it_gives_the_same():
-    model = adapt(CASES["BertForQuestionAnswering"].build())
-    batch = inputs_for(model, NS)
-    config = config_for(model)
-    with model.at(config), torch.no_grad():
-        expected = model(**batch).start_logits
+class _Graphs:
+    """A backend that runs graphs as they are and keeps them."""
+
+    def __init__(self):
+        self.found = []
+
+    def __call__(self, graph, example_inputs):
+        self.found.append(graph)
+        return graph.forward
+
+    def linears(self):
+        return [sum(node.target is torch.nn.functional.linear for node in one.graph.nodes) for one in self.found]
+
+
+@pytest.mark.parametrize(
+    ("name", "linears"),
+    [
+        ("BertForSequenceClassification", 18),
+        pytest.param("DistilBertForQuestionAnswering", 18, marks=pytest.mark.slow),
+        pytest.param("AlbertForTokenClassification", 19, marks=pytest.mark.slow),
+        pytest.param("ModernBertForTokenClassification", 12, marks=pytest.mark.slow),
+    ],
+)
+def test_compiled_the_encoder_is_one_graph_for_all_configurations_with_one_pattern(name, linears, monkeypatch):
+    # Pytest would otherwise format every record of the compiler's trace.
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
     torch._dynamo.reset()
-    compiled = torch.compile(model, backend="eager", dynamic=True)
-    with model.at(config), torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).start_logits, expected)
+    model, graphs, random = adapt(CASES[name].build()), _Graphs(), Random(0)
+    compiled = torch.compile(model, backend=graphs, dynamic=True)
+    for step in range(20):
+        model.length_config = LengthConfig(tuple(sorted(random.sample(range(5, 39), LAYERS), reverse=True)), 40)
+        ns = (40, 33, 27, 12) if step % 2 else (50, 21, 13)
+        batch = inputs_for(model, ns)
+        with torch.no_grad():
+            assert_close(results(model, compiled(**batch), ns), results(model, model(**batch), ns))
+        if step == 0:
+            first = len(graphs.found)
+            assert max(graphs.linears()) >= linears
+    assert len(graphs.found) == first
+    model.length_config = None
     with torch.no_grad():
-        torch.testing.assert_close(compiled(**batch).start_logits, model(**batch).start_logits)
+        assert_close(results(model, compiled(**batch), ns), results(model, model(**batch), ns))
+    torch._dynamo.reset()
 
 
 # -------------------------------------------------------------------------------------------------- bad input
