@@ -120,9 +120,10 @@ def soak(search: Search, workers: int, kill_every: float, port: int | None, logs
                     crew[number] = hire(number)
         if time.monotonic() >= next_kill and crew:
             next_kill = time.monotonic() + kill_every * rng.uniform(0.5, 1.5)
-            rng.choice(list(crew.values())).kill()
-            kills += 1
             done = len(study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,)))
+            if done < search.n_trials:  # whoever only comes to see that all is done may live
+                rng.choice(list(crew.values())).kill()
+                kills += 1
             print(f"  {time.monotonic() - start:6.0f} s  {done} finished, {kills} killed", flush=True)
     seconds = time.monotonic() - start
     stop.set()
