@@ -59,6 +59,7 @@ class Progress:
         auc: Area under the front of the finished trials; ``None`` before the first.
         rate: Finished trials a second since this run started.
         seconds_left: At that rate; ``None`` while there is none.
+        front: ``(metric, cost)`` of the front's points, in rising cost.
     """
 
     done: int
@@ -68,6 +69,7 @@ class Progress:
     auc: float | None
     rate: float
     seconds_left: float | None
+    front: tuple[tuple[float, float], ...] = ()
 
 
 OnProgress = Callable[[Progress], None]
@@ -198,7 +200,7 @@ def _work(
     meter = _Meter(ledger)
     pause = 0.05
     while not asked_to_stop.is_set():
-        claim = ledger.claim()
+        heart.claim = claim = ledger.claim()
         if on_progress:
             on_progress(meter.read())
         if claim is None:
@@ -208,7 +210,6 @@ def _work(
             pause = min(1.5 * pause, 1.0)
             continue
         pause = 0.05
-        heart.claim = claim
         try:
             evaluation = evaluator.evaluate(claim.config)
         except Exception as error:
@@ -234,14 +235,16 @@ class _Meter:
         ledger, seconds = self._ledger, time.monotonic() - self._start
         done = ledger.done
         rate = (done - self._before) / seconds if seconds > 0 else 0.0
+        front = [(one.metric, one.cost) for one in ledger.front()]
         return Progress(
             done=done,
             total=ledger.n_trials,
             running=ledger.running,
             failed=ledger.failed,
-            auc=ledger.auc() if done else None,
+            auc=ledger.auc(front) if done else None,
             rate=rate,
             seconds_left=(ledger.n_trials - done) / rate if rate else None,
+            front=tuple(front),
         )
 
     def ended(self, standing: Standing | None = None) -> Ended:
