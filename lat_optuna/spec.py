@@ -93,6 +93,9 @@ class TrainingSpec(_Section):
         layer_drop: Probability with which a random sub-model skips a layer.
         num_random: ``n_s``, random sub-models an update.
         precision: ``auto`` is bf16 where the device computes it fast, else fp32.
+        save_steps: Optimiser steps between checkpoints.
+        eval_steps: Optimiser steps between two looks at the metric on some validation rows, for people to see; by
+            default it is looked at when a stage ends. Training is the same either way.
     """
 
     batch_size: int = Field(default=32, ge=1)
@@ -108,6 +111,7 @@ class TrainingSpec(_Section):
     num_random: int = Field(default=2, ge=0)
     precision: Precision = "auto"
     save_steps: int = Field(default=500, ge=1)
+    eval_steps: int | None = Field(default=None, ge=1)
     seed: int = Field(default=42, ge=0)
 
 

@@ -420,6 +420,70 @@ def _bernoulli_kl(student: torch.Tensor, teacher: torch.Tensor, temperature: flo
     return (cross - F.binary_cross_entropy_with_logits(teacher, target)) * temperature**2
 
 
+# ---------------------------------------------------------------------- the metric on the way
+
+
+class MetricCallback(TrainerCallback):
+    """Measures a task's metric while a model is trained; entries of ``state.log_history`` hold what it finds.
+
+    ``{metric_name: ..., "smallest": ..., "epoch": ..., "step": ...}``, both in percent. It draws no random number and
+    leaves the model as it was: training is the same with it, bit for bit, and without.
+
+    Args:
+        task: Measured on its whole validation split, which should be small.
+        smallest: Configuration to measure beside the dense model; the model must be adapted then.
+        every: Optimiser steps between two measurements; by default, and in any case, one when training ends.
+    """
+
+    def __init__(self, task: Task, smallest: LengthConfig | None = None, every: int | None = None) -> None:
+        self.task, self.smallest, self.every = task, smallest, every
+        self._measured_at = -1
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure if it is time."""
+        if self.every and state.global_step % self.every == 0:
+            self._measure(args, state, kwargs["model"])
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure, unless training was stopped before its end."""
+        if state.global_step >= state.max_steps:
+            self._measure(args, state, kwargs["model"])
+
+    def _measure(self, args: TrainingArguments, state: TrainerState, model: PreTrainedModel) -> None:
+        if not state.is_world_process_zero or self._measured_at == state.global_step:
+            return
+        self._measured_at = state.global_step
+        figures = {self.task.metric_name: self._metric(args, model, None)}
+        if self.smallest is not None:
+            figures["smallest"] = self._metric(args, model, self.smallest)
+        state.log_history.append({**figures, "epoch": state.epoch or 0.0, "step": state.global_step})
+
+    def _metric(self, args: TrainingArguments, model: PreTrainedModel, config: LengthConfig | None) -> float:
+        features = self.task.features("validation")
+        lengths = _lengths(features)
+        order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+        predictions: list[Any] = [None] * len(order)
+        dtype = torch.float16 if args.fp16 else torch.bfloat16
+        was_training = model.training
+        model.eval()
+        try:
+            # Not inference_mode: a tensor that a model keeps from one pass to the next could not be trained with.
+            with (
+                torch.no_grad(),
+                torch.autocast(args.device.type, dtype, enabled=args.fp16 or args.bf16),
+                nullcontext() if self.smallest is None else at(model, config),
+            ):
+                for start in range(0, len(order), args.eval_batch_size):
+                    rows = order[start : start + args.eval_batch_size]
+                    batch = self.task.collate([features[row] for row in rows])
+                    batch = {name: values.to(args.device) for name, values in batch.items()}
+                    for row, prediction in zip(rows, self.task.predictions(model(**batch), batch), strict=True):
+                        predictions[row] = prediction
+        finally:
+            model.train(was_training)
+        return self.task.score("validation", predictions)[self.task.metric_name]
+
+
 # ---------------------------------------------------------------------- a run that may be stopped
 
 
