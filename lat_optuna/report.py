@@ -31,9 +31,10 @@ BLUE, TEAL, ORANGE, GREY = "#2f74e0", "#0d9b86", "#dd7d1e", "#8a94a3"
 
 FRONT_COMMAND = "lat-optuna front {study} --budget {budget}"
 PYTHON_LINES = """\
-from lat_optuna import load
-model = load("{checkpoint}", budget={budget})
-logits = model(**tokenizer(text, return_tensors="pt")).logits"""
+import lat_optuna, transformers
+model = lat_optuna.load("{checkpoint}", budget={budget})
+tokenizer = transformers.AutoTokenizer.from_pretrained("{checkpoint}")
+outputs = model(**tokenizer("Any text of yours.", return_tensors="pt"))"""
 
 # ---------------------------------------------------------------------- the table (Table 1)
 
@@ -121,11 +122,34 @@ def front_table(front: Front, baselines: Baselines | None = None, limit: int = 2
 
 def front_text(front: Front, baselines: Baselines | None = None, limit: int = 20) -> str:
     """The same as plain text, for pipes and logs."""
-    heading, lines = _terminal_rows(front, baselines, limit)
+    return _aligned(*_terminal_rows(front, baselines, limit))
+
+
+def compare_text(fronts: Mapping[str, Front], baselines: Mapping[str, Baselines | None]) -> str:
+    """What stands out of several studies, one under the other, by name (Table 1)."""
+    heading = ["study", "point", "metric", "FLOPs", "change", "AUC", "configuration"]
+    lines = []
+    for name, front in fronts.items():
+        for row in table(front, baselines.get(name)) or [Row("nothing has been evaluated yet")]:
+            lines.append(
+                [
+                    name,
+                    row.name + (f": {row.note}" if row.note else ""),
+                    "" if row.metric is None else f"{row.metric:.2f} {front.metric}",
+                    "" if row.cost is None else f"{row.cost:.3f}x",
+                    "" if row.change is None else f"{row.change:+.2f}",
+                    f"{front.auc():.3f}" if front.points else "",
+                    "-".join(map(str, row.lengths)),
+                ]
+            )
+    return _aligned(heading, lines)
+
+
+def _aligned(heading: list[str], lines: list[list[str]]) -> str:
     widths = [max(len(line[i]) for line in [heading, *lines]) for i in range(len(heading))]
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if name in ("configuration", "") else cell.rjust(width)
+            cell.ljust(width) if name in ("study", "point", "configuration", "") else cell.rjust(width)
             for name, cell, width in zip(heading, line, widths, strict=True)
         ).rstrip()
         for line in [heading, *lines]
@@ -333,6 +357,16 @@ def latency_figure(front: Front) -> go.Figure | None:
     figure.add_scatter(**trace, mode="markers", marker={"color": BLUE, "size": 7})
     x_axis = {"title": "FLOPs relative to the dense model", "ticksuffix": "×"}
     return _laid_out(figure, "Latency against FLOPs", x_axis, {"title": "latency (ms)", "rangemode": "tozero"})
+
+
+def figures(front: Front, baselines: Baselines | None = None) -> dict[str, go.Figure]:
+    """The figures of a report, by name; those for which there is nothing to draw are left out."""
+    drawn = {"front": front_figure(front, baselines)}
+    if front.points:
+        drawn |= {"auc": auc_figure(front), "lengths": lengths_figure(front)}
+        latency = latency_figure(front)
+        drawn |= {"latency": latency} if latency else {}
+    return drawn
 
 
 def export_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
@@ -546,15 +580,11 @@ def write_report(
 
     front = Front.of(study) if front is None else front
     progress = Progress.of(study, n_trials)
-    figures = {"front": front_figure(front, baselines)}
-    if front.points:
-        figures |= {"auc": auc_figure(front), "lengths": lengths_figure(front)}
-        latency = latency_figure(front)
-        figures |= {"latency": latency} if latency else {}
+    drawn = figures(front, baselines)
     lossless = without_loss(front, baselines)
     standard = baselines.dense() if baselines else None
     data = {
-        "figures": {name: _for_page(figure) for name, figure in figures.items()},
+        "figures": {name: _for_page(figure) for name, figure in drawn.items()},
         "points": [
             {
                 "lengths": list(point.lengths),
@@ -579,11 +609,11 @@ def write_report(
         state=progress.state,
         progress=html.escape(str(progress)),
         lead=_lead(front, baselines, lossless, progress),
-        notices="".join(f'<p class="notice">{html.escape(text)}</p>' for text in _notices(study, front, progress)),
+        notices="".join(f'<p class="notice">{html.escape(text)}</p>' for text in notices(study, front, progress)),
         chooser="" if front.points else "hidden",
         error=html.escape(_error_note(front, baselines)),
         table=_table_html(table(front, baselines), front.metric),
-        sections="".join(_section(name) for name in ("auc", "lengths", "latency") if name in figures),
+        sections="".join(_section(name) for name in ("auc", "lengths", "latency") if name in drawn),
         words=_words_section(words),
         points=_points_html(front),
         facts=_facts_html(_facts(study, front, baselines, progress, about or {})),
@@ -642,24 +672,25 @@ def _lead(front: Front, baselines: Baselines | None, lossless: Point | None, pro
     )
 
 
-def _notices(study: optuna.Study, front: Front, progress: Progress) -> list[str]:
-    notices = []
+def notices(study: optuna.Study, front: Front, progress: Progress) -> list[str]:
+    """What whoever looks at a front has to know of it: that its study is not finished, has other objectives, ..."""
+    lines = []
     if progress.state == "running":
-        notices.append(f"This study is still running ({progress}); the page shows it as it was when it was written.")
+        lines.append(f"This study is still running ({progress}); this is how far it was.")
     elif progress.state == "stopped":
-        notices.append(f"This study stopped before its end ({progress}).")
+        lines.append(f"This study has stopped short of its trials ({progress}).")
     others = objective_names(study)[2:]
     if others:
-        notices.append(
+        lines.append(
             f"This study has {len(others) + 2} objectives. The front shown is that of {front.metric} against FLOPs; "
             f"{', '.join(others)} can be read off the points."
         )
     if front.extrapolated:
-        notices.append(
+        lines.append(
             f"{len(front.extrapolated)} points below {front.low:.3f}× FLOPs are smaller than anything that training "
-            "reached. They are drawn as open circles and left out of the front and its area."
+            "reached. Figures show them as open circles; the front and its area leave them out."
         )
-    return notices
+    return lines
 
 
 def _error_note(front: Front, baselines: Baselines | None) -> str:

@@ -265,7 +265,7 @@ def test_a_running_study_has_a_page_that_says_so(tmp_path):
     page = report.write_report(tmp_path / "r.html", study, n_trials=60).read_text()
     assert "This study is still running (20 of 60 trials, 1 under way)" in page
     assert (
-        "stopped before its end"
+        "stopped short of its trials"
         in report.write_report(tmp_path / "r.html", stand_in_study(20), n_trials=60).read_text()
     )
 
