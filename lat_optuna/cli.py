@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
+    import optuna
+
     from lat_optuna.search.front import Baselines, Front
-    from lat_optuna.search.worker import OnProgress
+    from lat_optuna.search.worker import OnProgress, Progress
     from lat_optuna.spec import StudySpec
 
 # torch, transformers and optuna take seconds to load: they are imported by the commands that need them.
@@ -86,6 +89,12 @@ def _load(study: Path, overrides: tuple[str, ...]) -> StudySpec:
     return load_spec(_bundled(study), overrides)
 
 
+def _shown(study: Path, overrides: tuple[str, ...]) -> str:
+    """The study as one writes it in a command: its file and the options that go with it."""
+    file = study if study.exists() else Path(study.name)
+    return " ".join([shlex.quote(str(file)), *(f"--set {shlex.quote(override)}" for override in overrides)])
+
+
 def _bundled(study: Path) -> Path:
     """The file itself or, where there is none, the study of that name that came with the package."""
     packaged = Path(__file__).parent / "studies" / study.name
@@ -110,14 +119,13 @@ def quickstart(study: Path, overrides: tuple[str, ...], workers: int | None, dev
     _train(spec)
     _search(spec, workers, devices)
     _front(spec)
-    path = _report(spec)
-    shown = study if study.exists() else Path(study.name)
-    options = "".join(f" --set {override}" for override in overrides)
+    shown = _shown(study, overrides)
+    path = _report(spec, shown)
     click.echo(
         f"\nDone in {time.monotonic() - start:.0f} s. The report: {path.resolve()}\n\n"
         "What next:\n"
-        f"  lat-optuna dashboard {shown}{options}     the study in optuna-dashboard\n"
-        f"  lat-optuna front {shown}{options} --budget 0.5     the best point at half of the FLOPs\n"
+        f"  lat-optuna dashboard {shown}     the study in optuna-dashboard\n"
+        f"  lat-optuna front {shown} --budget 0.5     the best point at half of the FLOPs\n"
         f"  lat-optuna quickstart {shown} --set search.n_trials={2 * spec.search.n_trials}     search on\n"
         "  and in Python:\n"
         "    from lat_optuna import load\n"
@@ -150,10 +158,11 @@ def search(study: Path, overrides: tuple[str, ...], workers: int | None, devices
 def worker(study: Path, overrides: tuple[str, ...], storage: str | None, device: str | None) -> None:
     """Join a search as one worker, from any machine that reaches the storage."""
     from lat_optuna import pipeline
+    from lat_optuna.search.front import read_baselines
 
     extra = (f"storage={storage}",) if storage else ()
     spec = _load(study, (*overrides, *extra))
-    with _search_progress(spec) as on_progress:
+    with _search_progress(spec, read_baselines(spec.output)) as on_progress:
         ended = pipeline.join(spec, device, on_progress)
     click.echo(ended, err=True)
 
@@ -162,6 +171,9 @@ def worker(study: Path, overrides: tuple[str, ...], storage: str | None, device:
 @_study_argument
 @click.option(
     "--budget", type=click.FloatRange(min=0, min_open=True), help="Most FLOPs, as a fraction of the dense model's."
+)
+@click.option(
+    "--latency-ms", type=click.FloatRange(min=0, min_open=True), help="Longest latency, where latencies were measured."
 )
 @click.option("--no-loss", is_flag=True, help="The cheapest point that is as good as the standard model.")
 @click.option("--max-drop", type=click.FloatRange(min=0), help="The cheapest point that loses at most this much.")
@@ -177,9 +189,50 @@ def front(study: Path, overrides: tuple[str, ...], **options: Any) -> None:
 @click.option(
     "--output", type=click.Path(path_type=Path), help="The HTML file; by default report.html in the study's folder."
 )
-def report(study: Path, overrides: tuple[str, ...], output: Path | None) -> None:
+@click.option(
+    "--figures", type=click.Path(path_type=Path, file_okay=False), help="Write each figure into this folder as well."
+)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["svg", "png", "pdf", "html"]),
+    default="svg",
+    show_default=True,
+    help="Of the figures; all but html need kaleido and Chrome.",
+)
+def report(study: Path, overrides: tuple[str, ...], output: Path | None, figures: Path | None, kind: str) -> None:
     """Write the HTML report: one file, no network."""
-    click.echo(_report(_load(study, overrides), output))
+    from lat_optuna import pipeline
+
+    spec = _load(study, overrides)
+    click.echo(_report(spec, _shown(study, overrides), output))
+    if figures is not None:
+        for path in pipeline.export_figures(spec, figures, kind):
+            click.echo(path)
+
+
+@main.command()
+@click.argument("studies", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study file.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The HTML file."
+)
+def compare(studies: tuple[Path, ...], overrides: tuple[str, ...], output: Path) -> None:
+    """Compare the fronts of several studies: a table, and a figure in one HTML file."""
+    from lat_optuna import pipeline, report
+
+    specs = [_load(study, overrides) for study in studies]
+    names = [spec.name for spec in specs]
+    if len(set(names)) < len(names):
+        names = list(map(str, studies))
+    if len(set(names)) < len(names):
+        raise click.UsageError("a study is named twice")
+    fronts, baselines = {}, {}
+    for name, spec in zip(names, specs, strict=True):
+        study, fronts[name], baselines[name] = pipeline.load_front(spec)
+        _tell_notices(study, fronts[name], spec, f"{name}: ")
+    click.echo(report.compare_text(fronts, baselines))
+    click.echo(report.export_figure(report.compare_figure(fronts), output))
 
 
 @main.command()
@@ -212,8 +265,8 @@ def _search(spec: StudySpec, workers: int | None, devices: str | None) -> None:
 
     chosen = _chosen_devices(workers, devices)
     with progress("standard model at constant ratios", spec.search.num_initial, "configurations") as update:
-        pipeline.measure_standard(spec, update)
-    with _search_progress(spec) as on_progress:
+        baselines = pipeline.measure_standard(spec, update)
+    with _search_progress(spec, baselines) as on_progress:
         ended = pipeline.search(spec, chosen, on_progress, on_message=lambda line: click.echo(line, err=True))
     click.echo(f"search: {ended}", err=True)
 
@@ -249,7 +302,7 @@ def _check_devices(names: list[str]) -> None:
 
 
 @contextmanager
-def _search_progress(spec: StudySpec) -> Iterator[OnProgress]:
+def _search_progress(spec: StudySpec, baselines: Baselines | None) -> Iterator[OnProgress]:
     import optuna
 
     from lat_optuna.progress import progress
@@ -257,13 +310,27 @@ def _search_progress(spec: StudySpec) -> Iterator[OnProgress]:
     if not click.get_current_context().find_root().params.get("debug"):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
 
+    dense = baselines.dense() if baselines else None
     with progress("search", spec.search.n_trials, "trials") as update:
-        yield lambda now: update(now.done, now.total, AUC=now.auc, trials_per_s=now.rate, failed=now.failed or None)
+
+        def on_progress(now: Progress) -> None:
+            lossless = [cost for metric, cost in now.front if dense is not None and metric >= dense.metric]
+            update(
+                now.done,
+                now.total,
+                AUC=now.auc,
+                no_loss=f"{min(lossless):.3f}x" if lossless else None,
+                trials_per_s=now.rate,
+                failed=now.failed or None,
+            )
+
+        yield on_progress
 
 
 def _front(
     spec: StudySpec,
     budget: float | None = None,
+    latency_ms: float | None = None,
     no_loss: bool = False,
     max_drop: float | None = None,
     as_json: bool = False,
@@ -271,18 +338,20 @@ def _front(
 ) -> None:
     from lat_optuna import pipeline, report
 
-    _, front, baselines = pipeline.load_front(spec)
     if no_loss and max_drop:
         raise click.UsageError("--no-loss and --max-drop contradict each other; give one of them")
-    if no_loss or max_drop is not None:
+    study, front, baselines = pipeline.load_front(spec)
+    _tell_notices(study, front, spec)
+    max_drop = 0.0 if no_loss else max_drop
+    point = None
+    if not (budget is None and latency_ms is None and max_drop is None):
         dense = baselines.dense() if baselines else None
-        point = front.pick(budget=budget, max_drop=max_drop or 0.0, dense=dense.metric if dense else None)
-    elif budget is not None:
-        point = front.pick(budget=budget)
-    else:
-        point = None
-    if point is not None:
+        point = front.pick(
+            budget=budget, latency_ms=latency_ms, max_drop=max_drop, dense=dense.metric if dense else None
+        )
         front = replace(front, points=(point,))
+    elif not (front.points or as_json or as_csv):
+        front.pick()  # says that there is nothing to show, and what to do
     if as_json:
         click.echo(front.to_json())
     elif as_csv:
@@ -316,10 +385,17 @@ def _lossless_line(front: Front, baselines: Baselines | None) -> str:
     )
 
 
-def _report(spec: StudySpec, output: Path | None = None) -> Path:
+def _tell_notices(study: optuna.Study, front: Front, spec: StudySpec, prefix: str = "") -> None:
+    from lat_optuna import report
+
+    for line in report.notices(study, front, report.Progress.of(study, spec.search.n_trials)):
+        click.echo(prefix + line, err=True)
+
+
+def _report(spec: StudySpec, shown: str, output: Path | None = None) -> Path:
     from lat_optuna import pipeline
 
-    return pipeline.report(spec, output)
+    return pipeline.report(spec, output, study_file=shown)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,13 @@ Everything is resumable: a finished step is recognised by what it left in the st
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,7 +32,17 @@ if TYPE_CHECKING:
     from lat_optuna.search.front import Baselines, Front
     from lat_optuna.search.sampler import SearchPlan
     from lat_optuna.search.worker import Ended, OnProgress, Search
+    from lat_optuna.search.worker import Progress as SearchProgress
     from lat_optuna.tasks import Task
+
+SAMPLE_ROWS = 512
+"""Validation rows, at most, on which the metric is looked at while a model is trained."""
+PUBLISH_SECONDS = 30.0
+"""Seconds between two times that a search brings the dashboard up to date."""
+SHARE_OF_TIME = 0.05
+"""Most of the time that goes into that."""
+
+logger = logging.getLogger(__name__)
 
 # ---------------------------------------------------------------------- task and training
 
@@ -95,7 +107,8 @@ class Stage:
         """
         from transformers import set_seed
 
-        from lat_optuna.trainer import LengthAdaptation, fine_tune
+        from lat_optuna.model import num_layers
+        from lat_optuna.trainer import LengthAdaptation, MetricCallback, fine_tune
 
         self._check_settings()
         training = self.spec.training
@@ -113,14 +126,22 @@ class Stage:
             if self.adaptive
             else None
         )
+        sample = make_task(_sampled(self.spec))
         set_seed(training.seed)  # a new head's weights are drawn before Trainer seeds anything
+        model = task.build_model(str(start))
+        smallest = (
+            LengthConfig.smallest(adaptation.p, num_layers(model), adaptation.max_length, adaptation.retention)
+            if adaptation
+            else None
+        )
+        metric = MetricCallback(sample, smallest, training.eval_steps)
         with _graceful_interrupt() as interrupted:
             trainer = fine_tune(
-                task.build_model(str(start)),
+                model,
                 task,
                 self._arguments(),
                 adaptation=adaptation,
-                callbacks=[_progress_callback(update, interrupted)],
+                callbacks=[metric, _progress_callback(update, interrupted, (task.metric_name, "smallest"))],
             )
         if interrupted.is_set():
             raise KeyboardInterrupt
@@ -174,7 +195,7 @@ class Stage:
     def _settings(self) -> dict[str, Any]:
         values = self.spec.model_dump(mode="json", include={"model", "task", "training"})
         for section in ("model", "training"):
-            for key in {"sha256", "save_steps"} & set(values[section]):
+            for key in {"sha256", "save_steps", "eval_steps"} & set(values[section]):
                 del values[section][key]
         if not self.adaptive:
             for key in ("adaptive_learning_rate", "adaptive_epochs", "p", "layer_drop", "num_random"):
@@ -346,23 +367,70 @@ def search(
     from lat_optuna.search.worker import launch
 
     _make_folder(spec.output)
+    publish_now_and_then = _Publisher(spec)
+
+    def tell(now: SearchProgress) -> None:
+        if on_progress is not None:
+            on_progress(now)
+        publish_now_and_then()
+
     try:
-        return launch(
+        ended = launch(
             _search_of(spec),
             devices or default_devices(),
             folder=spec.output / "logs",
-            on_progress=on_progress,
+            on_progress=tell,
             on_message=on_message,
         )
-    finally:
-        publish(spec)
+    except BaseException:
+        _try_to_publish(spec)
+        raise
+    publish(spec)
+    return ended
 
 
 def join(spec: StudySpec, device: str | None = None, on_progress: OnProgress | None = None) -> Ended:
-    """Work on a study's search as one worker, beside others anywhere."""
+    """Work on a study's search as one worker, beside others anywhere.
+
+    Of the workers that end a search together, the one that finished the last trial publishes the result.
+    """
     from lat_optuna.search.worker import run_worker
 
-    return run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
+    ended = run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
+    if ended.here and _finished_last(spec):
+        _try_to_publish(spec)
+    return ended
+
+
+def _finished_last(spec: StudySpec) -> bool:
+    """Whether the study's last trial was this process's: that is so in one process alone, and needs no lock."""
+    from lat_optuna.search.study import WorkerId, load_study
+
+    trials = load_study(spec.storage, spec.name).get_trials(deepcopy=False)
+    finished = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number))
+    return bool(last.user_attrs.get("worker") == str(WorkerId.of_this_process()))
+
+
+class _Publisher:
+    """Brings the dashboard up to date now and then."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self._spec = spec
+        self._next = time.monotonic() + PUBLISH_SECONDS
+
+    def __call__(self) -> None:
+        start = time.monotonic()
+        if start >= self._next:
+            _try_to_publish(self._spec)
+            self._next = time.monotonic() + max(PUBLISH_SECONDS, (time.monotonic() - start) / SHARE_OF_TIME)
+
+
+def _try_to_publish(spec: StudySpec) -> None:
+    try:
+        publish(spec)
+    except Exception as error:  # a search goes on, or ends as it would have ended, without its note
+        logger.warning("the study's note and figures could not be brought up to date: %s", error)
 
 
 def _search_of(spec: StudySpec) -> Search:
@@ -412,8 +480,11 @@ def publish(spec: StudySpec) -> None:
     annotate(study, baselines, front=front, n_trials=spec.search.n_trials)
 
 
-def report(spec: StudySpec, path: Path | None = None) -> Path:
-    """Write a study's HTML report; returns its path (``report.html`` in the study's folder by default)."""
+def report(spec: StudySpec, path: Path | None = None, study_file: str = "STUDY.yaml") -> Path:
+    """Write a study's HTML report; returns its path (``report.html`` in the study's folder by default).
+
+    ``study_file`` is shown in commands: the study's file, and the options that go with it.
+    """
     from lat_optuna.report import write_report
 
     publish(spec)  # workers that joined from elsewhere leave that to us
@@ -424,10 +495,19 @@ def report(spec: StudySpec, path: Path | None = None) -> Path:
         baselines,
         front=front,
         n_trials=spec.search.n_trials,
-        study_file=f"studies/{spec.name}.yaml",
+        study_file=study_file,
         checkpoint=str(spec.adaptive_folder),
         words=kept_words(spec, front),
     )
+
+
+def export_figures(spec: StudySpec, folder: Path, kind: str = "svg") -> list[Path]:
+    """Write the figures of a study's report as files; see :func:`lat_optuna.report.export_figure` for the kinds."""
+    from lat_optuna.report import export_figure, figures
+
+    _, front, baselines = load_front(spec)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [export_figure(drawn, folder / f"{name}.{kind}") for name, drawn in figures(front, baselines).items()]
 
 
 def kept_words(spec: StudySpec, front: Front, budget: float = 0.5) -> list[KeptWords]:
@@ -542,17 +622,35 @@ def _graceful_interrupt() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _progress_callback(update: Update | None, interrupted: threading.Event) -> Any:
+def _sampled(spec: StudySpec) -> StudySpec:
+    """The study with few validation rows, to look at while a model is trained."""
+    rows = min(spec.task.validation_rows or SAMPLE_ROWS, SAMPLE_ROWS)
+    return spec.model_copy(update={"task": spec.task.model_copy(update={"validation_rows": rows})})
+
+
+def _progress_callback(update: Update | None, interrupted: threading.Event, metrics: Sequence[str] = ()) -> Any:
     from transformers import TrainerCallback
 
     class ProgressCallback(TrainerCallback):
         """Tells ``update`` of every step; on an interrupt saves a checkpoint and stops."""
 
+        def __init__(self) -> None:
+            self.figures: dict[str, float] = {}
+            self.read = 0
+
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if update is not None:
-                logged = state.log_history[-1] if state.log_history else {}
-                update(state.global_step, state.max_steps, **{k: v for k, v in logged.items() if k.startswith("loss")})
+            self._show(state)
             if interrupted.is_set():
                 control.should_save = control.should_training_stop = True
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self._show(state)
+
+        def _show(self, state: Any) -> None:
+            for entry in state.log_history[self.read :]:
+                self.figures |= {k: v for k, v in entry.items() if k.startswith("loss") or k in metrics}
+            self.read = len(state.log_history)
+            if update is not None:
+                update(state.global_step, state.max_steps, **self.figures)
 
     return ProgressCallback()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import sqlite3
 import subprocess
@@ -73,6 +75,8 @@ def test_quickstart_goes_all_the_way(finished):
     assert str(folder / "out" / "report.html") in done.stdout
     assert "search.n_trials=24" in done.stdout
     assert "12 of 12 trials" in done.stderr
+    assert re.search(r"standard fine-tuning: 12/12 steps.* loss [\d.]+ .*accuracy [\d.]+$", done.stderr, re.MULTILINE)
+    assert re.search(r"length-adaptive training: 12/12 .*loss smallest .*accuracy [\d.]+  smallest", done.stderr)
     assert "Traceback" not in done.stderr
     page = (folder / "out" / "report.html").read_text()
     assert "tiny" in page
@@ -107,9 +111,16 @@ def test_a_second_run_evaluates_nothing(finished):
 
 def test_two_runs_with_one_seed_agree_and_a_longer_one_goes_on(finished, tmp_path):
     folder, _, _ = finished
-    study = make_study(tmp_path)
+    study = make_study(tmp_path, eval_steps=5)
     done = run("train", study)
     assert done.returncode == 0, done.stderr
+    weights = [path / "out" / "length_adaptive" / "model.safetensors" for path in (folder, tmp_path)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()  # looking at the metric on the way changes nothing
+    for stage, names in (("standard", {"accuracy"}), ("length_adaptive", {"accuracy", "smallest"})):
+        log = json.loads((tmp_path / "out" / stage / "losses.json").read_text())
+        measured = [entry for entry in log if "accuracy" in entry]
+        assert [entry["step"] for entry in measured] == [5, 10, 12]
+        assert all(entry.keys() == names | {"epoch", "step"} for entry in measured)
     first = run("search", study, "--set", "search.n_trials=7")
     assert first.returncode == 0, first.stderr
     assert len(trials(tmp_path)) == 7
@@ -130,11 +141,25 @@ def test_front_picks_points(finished):
     assert f"the smallest costs {min(costs):.4f}" in low.stderr
 
 
-def test_report_goes_where_it_is_told(finished, tmp_path):
-    _, study, _ = finished
-    done = run("report", study, "--output", tmp_path / "page.html")
+def test_a_report_goes_where_it_is_told_and_what_it_says_works_as_printed(finished, tmp_path):
+    folder, study, _ = finished
+    spaced = tmp_path / "my study.yaml"
+    spaced.write_text(study.read_text().replace(str(folder / "out"), "elsewhere"))
+    settings = ["--set", f"output={folder / 'out'}"]
+    done = run("report", spaced, *settings, "--output", tmp_path / "page.html")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "page.html").stat().st_size > 1_000_000  # plotly is inside
+    page = (tmp_path / "page.html").read_text()
+    assert len(page) > 1_000_000  # plotly is inside
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    data = json.loads(text)
+    budget = str(data["points"][len(data["points"]) // 2]["cost"] + 1e-6)
+    words = shlex.split(data["command"].replace("{budget}", budget))
+    assert words[:3] == ["lat-optuna", "front", str(spaced)]
+    (point,) = json.loads(run(*words[1:], "--json").stdout)["points"]
+    names: dict = {}
+    exec(data["python"].replace("{budget}", budget), names)
+    assert str(names["model"].length_config) == point["configuration"]
+    assert names["outputs"].logits.shape == (1, 2)
 
 
 def test_a_changed_study_file_does_not_pass_for_the_trained_model(finished):
@@ -232,7 +257,7 @@ def wait_for(process: subprocess.Popen, ready) -> None:
 def test_stopped_in_training_and_in_search_it_goes_on(finished, tmp_path, how):
     """The unbroken run's weights, and so its trials."""
     folder, _, _ = finished
-    study = make_study(tmp_path)
+    study = make_study(tmp_path, eval_steps=1)
     out = tmp_path / "out"
 
     def start() -> subprocess.Popen:
