@@ -159,7 +159,7 @@ def run_worker(
         ValueError: The study measures something else than this worker; see :func:`open_study`.
         OSError: The storage does not answer or cannot be written.
     """
-    with _signals() as asked_to_stop:
+    with _signals() as asked:
         evaluator = search.make_evaluator(device)
         plan = search.make_plan(evaluator)
         study = open_study(search.storage, search.name, evaluator, plan)
@@ -175,11 +175,12 @@ def run_worker(
         )
         if on_join:
             on_join()
-        heart = _Heart(ledger, search.beat)
+        heart = _Heart(ledger, search.beat, asked)
         heart.start()
         try:
-            return _work(ledger, evaluator, heart, asked_to_stop, on_progress)
+            return _work(ledger, evaluator, heart, asked, on_progress)
         except (KeyboardInterrupt, SystemExit):
+            asked.leaving = True
             ledger.patience = 2.0
             try:
                 ledger.hand_back()
@@ -194,12 +195,14 @@ def _work(
     ledger: Ledger,
     evaluator: Evaluator,
     heart: _Heart,
-    asked_to_stop: threading.Event,
+    asked: _Asked,
     on_progress: OnProgress | None,
 ) -> Ended:
     meter = _Meter(ledger)
     pause = 0.05
-    while not asked_to_stop.is_set():
+    while not asked.stop:
+        if asked.leave:
+            raise SystemExit(0)
         heart.claim = claim = ledger.claim()
         if on_progress:
             on_progress(meter.read())
@@ -255,8 +258,9 @@ class _Meter:
 class _Heart(threading.Thread):
     """Shows signs of life while a trial runs, and notices when the launcher is gone."""
 
-    def __init__(self, ledger: Ledger, interval: float) -> None:
+    def __init__(self, ledger: Ledger, interval: float, asked: _Asked) -> None:
         super().__init__(daemon=True, name="signs of life")
+        self._asked = asked
         self.claim: Claim | None = None
         self._ledger = ledger
         self._interval = interval
@@ -266,9 +270,10 @@ class _Heart(threading.Thread):
         count, last = 0, time.monotonic()
         parent = multiprocessing.parent_process()
         while not self._stopped.wait(min(1.0, self._interval)):
-            if parent is not None and not parent.is_alive():
+            orphaned = parent is not None and not parent.is_alive()
+            if (orphaned or self._asked.leave) and not self._asked.leaving:
+                # An exception that a signal raises inside a library's clean-up may be swallowed there: raise it again.
                 os.kill(os.getpid(), signal.SIGTERM)
-                return
             claim = self.claim
             if claim is not None and time.monotonic() - last >= self._interval:
                 count, last = count + 1, time.monotonic()
@@ -281,27 +286,42 @@ class _Heart(threading.Thread):
         self._stopped.set()
 
 
+@dataclass
+class _Asked:
+    """What signals have asked of a worker.
+
+    Attributes:
+        stop: To stop when the trial in hand is finished (SIGINT).
+        leave: To hand the trial back and exit (SIGTERM).
+        leaving: Whether it is about to: further signals change nothing.
+    """
+
+    stop: bool = False
+    leave: bool = False
+    leaving: bool = False
+
+
 @contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """SIGINT sets the event, a second one interrupts; SIGTERM exits with code 0. Elsewhere than in main: nothing."""
-    stop = threading.Event()
+def _signals() -> Iterator[_Asked]:
+    """Note signals; a second SIGINT interrupts, SIGTERM exits with code 0. Outside the main thread: nothing."""
+    asked = _Asked()
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield asked
         return
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if stop.is_set():
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # what remains is handing the trial back
+        again, asked.stop = asked.stop, True
+        if again and not asked.leaving:
             raise KeyboardInterrupt
-        stop.set()
 
     def on_terminate(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(0)
+        asked.leave = True
+        if not asked.leaving:
+            raise SystemExit(0)
 
     before = signal.signal(signal.SIGINT, on_interrupt), signal.signal(signal.SIGTERM, on_terminate)
     try:
-        yield stop
+        yield asked
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])

@@ -180,6 +180,40 @@ def test_sigterm_hands_the_trial_back_and_exits_with_0(tmp_path):
     assert table(search) == unbroken(5)
 
 
+class Deaf(StandInEvaluator):
+    """Swallows the first attempts to end it, as a library's clean-up may."""
+
+    def __init__(self):
+        super().__init__(4, 64)
+        self.asked = 0
+
+    def evaluate(self, config):
+        while True:
+            try:
+                time.sleep(600)
+            except SystemExit:
+                self.asked += 1
+                if self.asked == 3:
+                    raise
+
+
+def test_sigterm_is_obeyed_even_if_something_swallows_it(tmp_path):
+    search = search_in(tmp_path, 5, lambda device: Deaf(), beat=0.1)
+
+    def terminate():
+        wait_for(lambda: count(search, "RUNNING"))
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(SystemExit) as exit_:
+        run_worker(search)
+    thread.join()
+    assert exit_.value.code == 0
+    assert ends(search) == {HANDED_BACK: 1}
+
+
 def test_ctrl_c_finishes_the_trial_in_hand_and_a_second_one_stops_at_once(tmp_path):
     search = search_in(tmp_path, 5, partial(make_evaluator, sleep=1.5))
 
