@@ -42,7 +42,9 @@ class _Group(click.Group):
 
             if isinstance(error, SpecError):
                 _fail(str(error), 2)
-            if isinstance(error, (ValueError, OSError, ConnectionError)):
+            from lat_optuna.search.study import SearchError
+
+            if isinstance(error, (ValueError, OSError, SearchError)):
                 _fail(str(error), 1)
             _fail(f"{type(error).__name__}: {error} (lat-optuna --debug shows where)", 1)
 
