@@ -151,7 +151,9 @@ def make_plan(
         steps.append(Step(True, drops, width, ragged, source))
         if drops:
             source = layer
-    return Plan(tuple(steps), tokens, real, counts.unbind(0))
+    # Copies, not views: a compiled graph would take a batch as large as the number of layers for a rule.
+    copies = torch.unbind_copy(counts)  # type: ignore[func-returns-value]  # torch's stub is wrong
+    return Plan(tuple(steps), tokens, real, tuple(copies))  # type: ignore[arg-type]
 
 
 def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) -> Plan:
