@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
@@ -40,7 +41,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_checkpoint(folder: Path, labels: int = 2) -> str:
-    """A random BERT of three layers with its tokenizer, saved."""
+    """A BERT of three layers with random weights, always the same, and its tokenizer; saved."""
     config = BertConfig(
         vocab_size=len(tiny_tokenizer()),
         hidden_size=16,
@@ -51,7 +52,9 @@ def tiny_checkpoint(folder: Path, labels: int = 2) -> str:
         initializer_range=0.4,
         num_labels=labels,
     )
-    BertForSequenceClassification(config).save_pretrained(folder)
+    with torch.random.fork_rng(devices=[]):  # the same weights whatever was drawn before
+        torch.manual_seed(0)
+        BertForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return str(folder)
 
