@@ -146,13 +146,15 @@ class Stage:
         if interrupted.is_set():
             raise KeyboardInterrupt
         partial = self.folder.with_name(self.folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        trainer.save_model(str(partial))
-        task.tokenizer.save_pretrained(str(partial))
-        (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; what matters of it is in settings.json
-        _write_json(partial / "losses.json", trainer.state.log_history)
-        partial.rename(self.folder)
-        shutil.rmtree(self._checkpoints, ignore_errors=True)
+        if _is_first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+            trainer.save_model(str(partial))
+            task.tokenizer.save_pretrained(str(partial))
+            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; what matters of it is in the settings
+            _write_json(partial / "losses.json", trainer.state.log_history)
+            partial.rename(self.folder)
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+        trainer.accelerator.wait_for_everyone()
         return self.folder
 
     @property
@@ -197,14 +199,17 @@ class Stage:
         for section in ("model", "training"):
             for key in {"sha256", "save_steps", "eval_steps"} & set(values[section]):
                 del values[section][key]
-        if not self.adaptive:
+        if self.adaptive:
+            values["search"] = {"retention": self.spec.search.retention}
+        else:
             for key in ("adaptive_learning_rate", "adaptive_epochs", "p", "layer_drop", "num_random"):
                 del values["training"][key]
         return values
 
     def _note_settings(self) -> None:
         _make_folder(self.spec.output)
-        _write_json(self._settings_file, self._settings())
+        if _is_first_rank():
+            _write_json(self._settings_file, self._settings())
 
     def _check_settings(self) -> None:
         if not self._settings_file.exists() or not (self.folder.exists() or self._checkpoints.exists()):
@@ -555,7 +560,7 @@ def describe_run(spec: StudySpec) -> dict[str, str]:
 
     training = spec.training
     return {
-        "Training": f"{training.epochs:g} epochs of fine-tuning, {training.adaptive_epochs:g} with LengthDrop "
+        "Training": f"epochs: {training.epochs:g} of fine-tuning, {training.adaptive_epochs:g} with LengthDrop "
         f"(p = {training.p}, LayerDrop {training.layer_drop}, {training.num_random} random sub-models), batch "
         f"{training.batch_size * training.gradient_accumulation}, learning rate {training.learning_rate:g}",
         "Seeds": f"training {training.seed}, search {spec.search.seed}",
@@ -595,6 +600,11 @@ def _make_folder(folder: Path) -> None:
         raise SpecError(f"output: cannot create {folder}: {error.strerror or error}") from None
     if not os.access(folder, os.W_OK):
         raise SpecError(f"output: {folder} is not writable")
+
+
+def _is_first_rank() -> bool:
+    """Whether this process is the one of a ``torchrun`` that writes files."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _write_json(path: Path, content: Any) -> None:
