@@ -148,7 +148,9 @@ class Stage:
         partial = self.folder.with_name(self.folder.name + ".partial")
         if _is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
-            trainer.save_model(str(partial))
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(partial))  # by all ranks: they meet inside of it
+        if _is_first_rank():
             task.tokenizer.save_pretrained(str(partial))
             (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; what matters of it is in the settings
             _write_json(partial / "losses.json", trainer.state.log_history)
@@ -162,6 +164,7 @@ class Stage:
         return self.spec.output / "checkpoints" / self.folder.name
 
     def _arguments(self) -> Any:
+        import torch
         from transformers import TrainingArguments
 
         training = self.spec.training
@@ -184,6 +187,7 @@ class Stage:
             logging_steps=20,
             report_to="none",
             disable_tqdm=True,
+            use_cpu=not torch.accelerator.is_available(),  # said aloud, or processes under torchrun would not meet
             train_sampling_strategy="group_by_length",
             dataloader_pin_memory=False,
         )

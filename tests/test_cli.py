@@ -301,6 +301,20 @@ def test_several_workers_share_the_trials(tmp_path):
     assert (tmp_path / "out" / "logs" / "worker-2.log").exists()
 
 
+def test_torchrun_trains_on_all_its_processes_and_searches_with_them(tmp_path):
+    study = make_study(tmp_path)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher += ["-m", "lat_optuna"]
+    options = {"capture_output": True, "text": True, "check": False, "env": ENVIRONMENT, "timeout": 300}
+    done = subprocess.run([*launcher, "train", str(study)], **options)
+    assert done.returncode == 0, done.stderr
+    losses = json.loads((tmp_path / "out" / "length_adaptive" / "losses.json").read_text())
+    assert losses[-1]["step"] == 6  # 96 rows in batches of 8 on each of two processes
+    done = subprocess.run([*launcher, "worker", str(study)], **options)
+    assert done.returncode == 0, done.stderr
+    assert [slot for slot, _, _ in trials(tmp_path)] == list(range(12))
+
+
 def test_a_front_before_any_search_says_what_to_do(tmp_path):
     study = make_study(tmp_path)
     done = run("front", study)
