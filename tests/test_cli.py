@@ -303,7 +303,7 @@ def test_several_workers_share_the_trials(tmp_path):
 
 def test_torchrun_trains_on_all_its_processes_and_searches_with_them(tmp_path):
     study = make_study(tmp_path)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     launcher += ["-m", "lat_optuna"]
     options = {"capture_output": True, "text": True, "check": False, "env": ENVIRONMENT, "timeout": 300}
     done = subprocess.run([*launcher, "train", str(study)], **options)
