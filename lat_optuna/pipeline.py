@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lat_optuna.files import write_json
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.spec import SpecError, StudySpec, resolve_checkpoint
 
@@ -152,8 +153,7 @@ class Stage:
         trainer.save_model(str(partial))  # by all ranks: they meet inside of it
         if _is_first_rank():
             task.tokenizer.save_pretrained(str(partial))
-            (partial / "training_args.bin").unlink(missing_ok=True)  # a pickle; what matters of it is in the settings
-            _write_json(partial / "losses.json", trainer.state.log_history)
+            write_json(partial / "losses.json", trainer.state.log_history)
             partial.rename(self.folder)
             shutil.rmtree(self._checkpoints, ignore_errors=True)
         trainer.accelerator.wait_for_everyone()
@@ -213,7 +213,7 @@ class Stage:
     def _note_settings(self) -> None:
         _make_folder(self.spec.output)
         if _is_first_rank():
-            _write_json(self._settings_file, self._settings())
+            write_json(self._settings_file, self._settings())
 
     def _check_settings(self) -> None:
         if not self._settings_file.exists() or not (self.folder.exists() or self._checkpoints.exists()):
@@ -473,14 +473,18 @@ def load_front(spec: StudySpec) -> tuple[optuna.Study, Front, Baselines | None]:
 
 def publish(spec: StudySpec) -> None:
     """Put the front into the checkpoint's side file and the note and figures into the dashboard, as they are now."""
+    try:
+        found = load_front(spec)
+    except ValueError:
+        return  # the search ended before it had made its study
+    _publish(spec, *found)
+
+
+def _publish(spec: StudySpec, study: optuna.Study, front: Front, baselines: Baselines | None) -> None:
     from lat_optuna.dashboard import annotate
     from lat_optuna.model.checkpoint import read_side_file, write_side_file
     from lat_optuna.search.front import write_baselines
 
-    try:
-        study, front, baselines = load_front(spec)
-    except ValueError:
-        return  # the search ended before it had made its study
     side = read_side_file(spec.adaptive_folder)
     if side is not None:
         write_side_file(spec.adaptive_folder, replace(side, metric=front.metric, front=front.side_points()))
@@ -496,8 +500,8 @@ def report(spec: StudySpec, path: Path | None = None, study_file: str = "STUDY.y
     """
     from lat_optuna.report import write_report
 
-    publish(spec)  # workers that joined from elsewhere leave that to us
     study, front, baselines = load_front(spec)
+    _publish(spec, study, front, baselines)  # workers that joined from elsewhere leave that to us
     return write_report(
         path or spec.output / "report.html",
         study,
@@ -609,12 +613,6 @@ def _make_folder(folder: Path) -> None:
 def _is_first_rank() -> bool:
     """Whether this process is the one of a ``torchrun`` that writes files."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lat_optuna.files import write_text
 from lat_optuna.search.front import Baselines, Front, Measured, Point, objective_names, standard_error
 
 if TYPE_CHECKING:
@@ -624,9 +625,7 @@ def write_report(
         written=datetime.now().strftime("%Y-%m-%d %H:%M"),
     )
     path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
     return path
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from lat_optuna.files import write_json
 from lat_optuna.length_config import LengthConfig, Retention
 
 if TYPE_CHECKING:
@@ -81,9 +82,7 @@ def write_side_file(folder: str | os.PathLike[str], side: SideFile) -> Path:
         "training": dict(side.training),
         "front": [asdict(point) for point in side.front],
     }
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, content)
     return path
 
 

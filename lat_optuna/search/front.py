@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lat_optuna.files import write_json
 from lat_optuna.length_config import LengthConfig, Retention
 
 if TYPE_CHECKING:
@@ -489,10 +490,8 @@ class Baselines:
 def write_baselines(folder: str | os.PathLike[str], baselines: Baselines) -> Path:
     """Write ``baselines.json`` into a study's folder, atomically."""
     path = Path(folder) / BASELINES_FILE
-    partial = path.with_suffix(".json.partial")
     document = {"format": FORMAT, **asdict(baselines), "about": dict(baselines.about)}
-    partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, document)
     return path
 
 
