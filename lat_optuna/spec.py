@@ -54,6 +54,8 @@ class TextClassificationSpec(_Section):
     validation_split: str = "validation"
     train_rows: int | None = Field(default=None, ge=1)
     validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
 
 
 class QuestionAnsweringSpec(_Section):
@@ -68,6 +70,8 @@ class QuestionAnsweringSpec(_Section):
     validation_split: str = "validation"
     train_rows: int | None = Field(default=None, ge=1)
     validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
 
 
 class StdlibDocsSpec(_Section):
@@ -77,6 +81,8 @@ class StdlibDocsSpec(_Section):
     max_length: int = Field(default=128, ge=8)
     train_rows: int | None = Field(default=None, ge=1)
     validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
 
 
 TaskSpec = Annotated[TextClassificationSpec | QuestionAnsweringSpec | StdlibDocsSpec, Field(discriminator="type")]

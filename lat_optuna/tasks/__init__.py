@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Split = Literal["train", "validation"]
+Split = Literal["train", "search", "validation", "test"]
+"""``search`` and ``test`` are held out from the training rows, where that was asked for: what is searched on, and what
+nobody looked at before."""
 
 
 class Task(Protocol):

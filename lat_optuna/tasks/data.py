@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from lat_optuna.tasks import Split
+
 DataSource = str | os.PathLike[str] | Mapping[str, Any]
 """A folder with one file a split, a mapping split -> file or files, or the name of a data set on the hub."""
 
@@ -158,6 +160,72 @@ def sample_rows(rows: datasets.Dataset, count: int | None, seed: int, what: str)
     if count >= len(rows):
         return rows
     return rows.select(sorted(random.Random(seed).sample(range(len(rows)), count)))
+
+
+def hold_out(
+    rows: datasets.Dataset, counts: Mapping[Split, int | None], column: str, seed: int, named: str = "{}_rows"
+) -> dict[Split, datasets.Dataset]:
+    """Part training rows into those that stay and those held out, with no text on both sides.
+
+    Whole texts are drawn, with all of their rows, until a split has its count. A text that is part of a longer one (as
+    SST-2's phrases are parts of its sentences) is never drawn, and not trained on when that longer one is held out.
+
+    Args:
+        rows: The training rows.
+        counts: Split -> rows to hold out (a few more, if the last text has several); nothing where it is ``None``.
+        column: The text that must not stand on both sides: a sentence, a premise, a context.
+        seed: Of the draw.
+        named: The setting that holds a split's count, for errors.
+
+    Returns:
+        ``"train"`` and the splits of ``counts`` that were asked for, each in the old order.
+
+    Raises:
+        ValueError: Nothing would be left to train on, or a count is below 1.
+    """
+    wanted = {split: count for split, count in counts.items() if count is not None}
+    for split, count in wanted.items():
+        if count < 1:
+            raise ValueError(f"{named.format(split)} must be at least 1, not {count}")
+    if not wanted:
+        return {"train": rows}
+    texts = rows[column][:]
+    rows_of: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        rows_of.setdefault(text, []).append(row)
+    whole = [text for text, part in zip(rows_of, _parts_of(rows_of, rows_of), strict=True) if not part]
+    random.Random(seed).shuffle(whole)
+    left = iter(whole)
+    held: dict[Split, list[str]] = {split: [] for split in wanted}
+    for split, count in wanted.items():
+        found = 0
+        while found < count and (text := next(left, None)) is not None:
+            held[split].append(text)
+            found += len(rows_of[text])
+    out = {text for part in held.values() for text in part}
+    out |= {text for text, part in zip(rows_of, _parts_of(rows_of, out), strict=True) if part}
+    stay = [row for row, text in enumerate(texts) if text not in out]
+    if not stay or next(left, None) is None:
+        asked = " and ".join(f"{named.format(split)}={count}" for split, count in wanted.items())
+        raise ValueError(f"{asked} of {len(rows)} training rows leave nothing to train on")
+    taken = {split: sorted(row for text in part for row in rows_of[text]) for split, part in held.items()}
+    return {split: rows.select(chosen) for split, chosen in {"train": stay, **taken}.items()}
+
+
+def _parts_of(texts: Iterable[str], others: Iterable[str]) -> list[bool]:
+    """Whether each text is a proper part, by whole words, of one of the others."""
+    padded = [f" {' '.join(other.split())} " for other in others]
+    holding: dict[str, list[int]] = {}
+    for index, other in enumerate(padded):
+        for word in set(other.split()):
+            holding.setdefault(word, []).append(index)
+    result = []
+    for text in texts:
+        words = text.split()
+        rarest = min((holding.get(word, []) for word in words), key=len, default=[])
+        part = f" {' '.join(words)} "
+        result.append(any(len(padded[index]) > len(part) and part in padded[index] for index in rarest))
+    return result
 
 
 def load_tokenizer(tokenizer_or_checkpoint: str | PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:

@@ -15,6 +15,7 @@ from lat_optuna.tasks.data import (
     DataSource,
     data_name,
     fingerprint,
+    hold_out,
     load_model,
     load_tokenizer,
     need_columns,
@@ -73,6 +74,8 @@ class QuestionAnswering:
         stride: Tokens that consecutive features of one context share.
         train_rows: Number of questions to draw from the training split; all by default.
         validation_rows: Likewise.
+        search_rows: Training questions to hold out as split ``"search"``, whole contexts at a time.
+        test_rows: Likewise as split ``"test"``.
         train_split: Name of the split or of its file; ``None`` if there is nothing to train on.
         validation_split: Likewise.
         seed: Of the draws of rows.
@@ -94,6 +97,8 @@ class QuestionAnswering:
         stride: int = 128,
         train_rows: int | None = None,
         validation_rows: int | None = None,
+        search_rows: int | None = None,
+        test_rows: int | None = None,
         train_split: str | None = "train",
         validation_split: str | None = "validation",
         seed: int = 0,
@@ -112,10 +117,16 @@ class QuestionAnswering:
             "validation": (validation_split, validation_rows),
         }
         self._rows: dict[Split, datasets.Dataset] = {}
+        held: dict[Split, int | None] = {"search": search_rows, "test": test_rows}
+        if train_split is None and any(count is not None for count in held.values()):
+            raise ValueError("search_rows and test_rows are held out from the training rows, but train_split is None")
         for split, (name, count) in wanted.items():
             if name is not None:
                 rows = read_rows(data, name, subset)
                 need_columns(rows, ("id", "context", "question", "answers"), f"split {name!r}")
+                if split == "train":
+                    self._rows |= hold_out(rows, held, "context", seed)
+                    rows = self._rows["train"]
                 self._rows[split] = sample_rows(rows, count, seed, f"{split}_rows")
         if not self._rows:
             raise ValueError("train_split and validation_split are both None: nothing is left of the data")

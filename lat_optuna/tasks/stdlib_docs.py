@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from lat_optuna.tasks.data import hold_out
 from lat_optuna.tasks.text_classification import Classification
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ class StdlibDocs(Classification):
         max_length: Longest input in tokens; the rest is cut.
         train_rows: Number of rows to draw from the training split; all by default.
         validation_rows: Likewise.
+        search_rows: Training rows to hold out as split ``"search"``, whole definitions at a time.
+        test_rows: Likewise as split ``"test"``.
         seed: Of the draw. The split itself is fixed.
 
     Raises:
@@ -131,16 +134,23 @@ class StdlibDocs(Classification):
         max_length: int = 128,
         train_rows: int | None = None,
         validation_rows: int | None = None,
+        search_rows: int | None = None,
+        test_rows: int | None = None,
         seed: int = 0,
     ) -> None:
         import datasets
 
         rows = {
             split: datasets.Dataset.from_dict(
-                {"text": [passage.text for passage in part], "label": [passage.area for passage in part]}
+                {
+                    "text": [passage.text for passage in part],
+                    "label": [passage.area for passage in part],
+                    "source": [passage.source for passage in part],
+                }
             )
             for split, part in passages().items()
         }
+        rows |= hold_out(rows["train"], {"search": search_rows, "test": test_rows}, "source", seed)
         super().__init__(
             "stdlib_docs",
             tokenizer_or_checkpoint,

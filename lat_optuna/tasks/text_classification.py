@@ -10,6 +10,7 @@ from lat_optuna.tasks.data import (
     data_name,
     encode,
     fingerprint,
+    hold_out,
     load_model,
     load_tokenizer,
     need_columns,
@@ -149,6 +150,8 @@ class TextClassification(Classification):
         max_length: Longest input in tokens, special tokens included.
         train_rows: Number of rows to draw from the training split; all by default.
         validation_rows: Likewise.
+        search_rows: Training rows to hold out as split ``"search"``; see :func:`lat_optuna.tasks.data.hold_out`.
+        test_rows: Likewise as split ``"test"``.
         train_split: Name of the split or of its file; ``None`` if there is nothing to train on.
         validation_split: Likewise. For MNLI ``"validation"`` is ``"validation_matched"``.
         label_names: Names of the classes in the order of their ids; by default those of the data.
@@ -170,6 +173,8 @@ class TextClassification(Classification):
         max_length: int = 128,
         train_rows: int | None = None,
         validation_rows: int | None = None,
+        search_rows: int | None = None,
+        test_rows: int | None = None,
         train_split: str | None = "train",
         validation_split: str | None = "validation",
         label_names: Sequence[str] | None = None,
@@ -192,10 +197,16 @@ class TextClassification(Classification):
             need_columns(part, (*text_columns, label_column), f"split {wanted[split]!r}")
         rows = {split: part.select_columns([*text_columns, label_column]) for split, part in rows.items()}
         names = _label_names(rows, label_column) if label_names is None else tuple(label_names)
+        rows = {split: _with_ids(part, label_column, names, f"split {wanted[split]!r}") for split, part in rows.items()}
+        held: dict[Split, int | None] = {"search": search_rows, "test": test_rows}
+        if "train" in rows:
+            rows |= hold_out(rows["train"], held, text_columns[0], seed)
+        elif any(count is not None for count in held.values()):
+            raise ValueError("search_rows and test_rows are held out from the training rows, but train_split is None")
         super().__init__(
             data_name(data, subset),
             tokenizer_or_checkpoint,
-            {split: _with_ids(part, label_column, names, f"split {wanted[split]!r}") for split, part in rows.items()},
+            rows,
             text_columns=text_columns,
             label_names=names,
             label_column=label_column,
