@@ -49,6 +49,7 @@ class TextClassificationSpec(_Section):
     subset: str | None = None
     text_columns: tuple[str, ...] | None = None
     label_column: str = "label"
+    disjoint: bool = False
     max_length: int = Field(default=128, ge=8)
     train_split: str | None = "train"
     validation_split: str = "validation"

@@ -152,6 +152,7 @@ class TextClassification(Classification):
         validation_rows: Likewise.
         search_rows: Training rows to hold out as split ``"search"``; see :func:`lat_optuna.tasks.data.hold_out`.
         test_rows: Likewise as split ``"test"``.
+        disjoint: Leave out training rows whose first text stands in the validation split as well.
         train_split: Name of the split or of its file; ``None`` if there is nothing to train on.
         validation_split: Likewise. For MNLI ``"validation"`` is ``"validation_matched"``.
         label_names: Names of the classes in the order of their ids; by default those of the data.
@@ -175,6 +176,7 @@ class TextClassification(Classification):
         validation_rows: int | None = None,
         search_rows: int | None = None,
         test_rows: int | None = None,
+        disjoint: bool = False,
         train_split: str | None = "train",
         validation_split: str | None = "validation",
         label_names: Sequence[str] | None = None,
@@ -198,6 +200,10 @@ class TextClassification(Classification):
         rows = {split: part.select_columns([*text_columns, label_column]) for split, part in rows.items()}
         names = _label_names(rows, label_column) if label_names is None else tuple(label_names)
         rows = {split: _with_ids(part, label_column, names, f"split {wanted[split]!r}") for split, part in rows.items()}
+        if disjoint and len(rows) == 2:
+            seen = set(rows["validation"][text_columns[0]][:])
+            texts = rows["train"][text_columns[0]][:]
+            rows["train"] = rows["train"].select([row for row, text in enumerate(texts) if text not in seen])
         held: dict[Split, int | None] = {"search": search_rows, "test": test_rows}
         if "train" in rows:
             rows |= hold_out(rows["train"], held, text_columns[0], seed)

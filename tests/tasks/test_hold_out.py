@@ -4,6 +4,8 @@ import datasets
 import pytest
 
 from lat_optuna.tasks.data import hold_out
+from lat_optuna.tasks.text_classification import TextClassification
+from tests.tiny_text import tiny_tokenizer
 
 SENTENCES = [
     "a film of quiet power and grace",
@@ -51,6 +53,22 @@ def test_a_seed_repeats_the_draw_and_another_one_does_not():
 def test_impossible_counts_are_named(counts, message):
     with pytest.raises(ValueError, match=message):
         hold_out(rows_of(SENTENCES), counts, "sentence", seed=0)
+
+
+def test_training_rows_can_be_kept_disjoint_from_validation(tmp_path):
+    for name, texts in {"train": ["shared words", "own words", "shared words"], "validation": ["shared words"]}.items():
+        datasets.Dataset.from_dict({"text": texts, "label": [0, 1, 1][: len(texts)]}).to_parquet(
+            tmp_path / f"{name}.parquet"
+        )
+    kept = {
+        disjoint: len(
+            TextClassification(tiny_tokenizer(), str(tmp_path), label_names=("a", "b"), disjoint=disjoint).features(
+                "train"
+            )
+        )
+        for disjoint in (False, True)
+    }
+    assert kept == {False: 3, True: 1}
 
 
 def test_without_counts_every_row_stays():
