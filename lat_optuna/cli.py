@@ -221,7 +221,7 @@ def report(study: Path, overrides: tuple[str, ...], output: Path | None, figures
 )
 def compare(studies: tuple[Path, ...], overrides: tuple[str, ...], output: Path) -> None:
     """Compare the fronts of several studies: a table, and a figure in one HTML file."""
-    from lat_optuna import pipeline, report
+    from lat_optuna import figures, pipeline, summary
 
     specs = [_load(study, overrides) for study in studies]
     names = [spec.name for spec in specs]
@@ -233,8 +233,8 @@ def compare(studies: tuple[Path, ...], overrides: tuple[str, ...], output: Path)
     for name, spec in zip(names, specs, strict=True):
         study, fronts[name], baselines[name] = pipeline.load_front(spec)
         _tell_notices(study, fronts[name], spec, f"{name}: ")
-    click.echo(report.compare_text(fronts, baselines))
-    click.echo(report.export_figure(report.compare_figure(fronts), output))
+    click.echo(summary.compare_text(fronts, baselines))
+    click.echo(figures.export_figure(figures.compare_figure(fronts), output))
 
 
 @main.command()
@@ -338,7 +338,7 @@ def _front(
     as_json: bool = False,
     as_csv: bool = False,
 ) -> None:
-    from lat_optuna import pipeline, report
+    from lat_optuna import pipeline, summary
 
     if no_loss and max_drop:
         raise click.UsageError("--no-loss and --max-drop contradict each other; give one of them")
@@ -362,17 +362,17 @@ def _front(
         from rich.console import Console
 
         console = Console()
-        console.print(report.front_table(front, baselines))
+        console.print(summary.front_table(front, baselines))
         if point is None:
-            click.echo(report.front_plot(front))
+            click.echo(summary.front_plot(front))
     else:
-        click.echo(report.front_text(front, baselines))
+        click.echo(summary.front_text(front, baselines))
     if point is None and not (as_json or as_csv):
         click.echo(_lossless_line(front, baselines))
 
 
 def _lossless_line(front: Front, baselines: Baselines | None) -> str:
-    from lat_optuna.report import without_loss
+    from lat_optuna.summary import without_loss
 
     dense = baselines.dense() if baselines else None
     if dense is None:
@@ -388,9 +388,9 @@ def _lossless_line(front: Front, baselines: Baselines | None) -> str:
 
 
 def _tell_notices(study: optuna.Study, front: Front, spec: StudySpec, prefix: str = "") -> None:
-    from lat_optuna import report
+    from lat_optuna import summary
 
-    for line in report.notices(study, front, report.Progress.of(study, spec.search.n_trials)):
+    for line in summary.notices(study, front, summary.Progress.of(study, spec.search.n_trials)):
         click.echo(prefix + line, err=True)
 
 

@@ -13,7 +13,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import click
 
-from lat_optuna import report
+from lat_optuna import figures, summary
 from lat_optuna.search.front import Baselines, Front, objective_names
 
 if TYPE_CHECKING:
@@ -52,13 +52,13 @@ def annotate(
     front = Front.of(study) if front is None else front
     save_note(study, note(study, baselines, front=front, n_trials=n_trials))
     few = replace(front, points=_spread(front.points, MOST_POINTS))
-    figures = {"front": report.front_figure(few, baselines, trials=False)}
+    drawn = {"front": figures.front_figure(few, baselines, trials=False)}
     if front.points:
-        figures |= {"area-under-the-front": report.auc_figure(front), "lengths": report.lengths_figure(few)}
+        drawn |= {"area-under-the-front": figures.auc_figure(front), "lengths": figures.lengths_figure(few)}
     if any("latency_ms" in point.extra for point in front.evaluated):
-        latency = report.latency_figure(replace(front, evaluated=few.points))
-        figures |= {"latency": latency} if latency else {}
-    for name, figure in figures.items():
+        latency = figures.latency_figure(replace(front, evaluated=few.points))
+        drawn |= {"latency": latency} if latency else {}
+    for name, figure in drawn.items():
         figure.update_layout(height=480)
         save_plotly_graph_object(study, figure, graph_object_id=name)
 
@@ -71,14 +71,14 @@ def note(study: optuna.Study, baselines: Baselines | None = None, *, front: Fron
         lines += [f"**{subject}**" if subject else "", ""]
         named = (("Protocol", baselines.protocol), ("Hardware", baselines.hardware), *baselines.about.items())
         lines += [f"- {_plain(name)}: {_plain(value)}" for name, value in named if value]
-    progress = report.Progress.of(study, n_trials)
+    progress = summary.Progress.of(study, n_trials)
     lines += [f"- Search: {progress.state}, {progress}"]
     if front.points:
         lines += [f"- Front: {len(front)} points, area under it {front.auc():.3f} %"]
     if front.low is not None:
         lines += [f"- Trained range: down to {front.low:.3f}× FLOPs; points below are extrapolated"]
     lines += [f"- Objectives: {', '.join(map(_plain, objective_names(study)))}", ""]
-    rows = report.table(front, baselines)
+    rows = summary.table(front, baselines)
     if rows:
         metric = _plain(front.metric)
         lines += [f"| | {metric} (%) | FLOPs | change | trial | configuration |"]

@@ -515,12 +515,11 @@ def report(spec: StudySpec, path: Path | None = None, study_file: str = "STUDY.y
 
 
 def export_figures(spec: StudySpec, folder: Path, kind: str = "svg") -> list[Path]:
-    """Write the figures of a study's report as files; see :func:`lat_optuna.report.export_figure` for the kinds."""
-    from lat_optuna.report import export_figure, figures
+    """Write the figures of a study's report as files; see :func:`lat_optuna.figures.export_figure` for the kinds."""
+    from lat_optuna import figures
 
     _, front, baselines = load_front(spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    return [export_figure(drawn, folder / f"{name}.{kind}") for name, drawn in figures(front, baselines).items()]
+    return figures.export_figures(figures.study_figures(front, baselines), folder, kind)
 
 
 def kept_words(spec: StudySpec, front: Front, budget: float = 0.5) -> list[KeptWords]:

@@ -1,4 +1,4 @@
-"""What people look at: figures, tables, and the report as one HTML file (paper: Figures 2 and 4, Table 1)."""
+"""The report of a study as one HTML file (paper: Figures 2, 3 and 4, Table 1)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,17 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lat_optuna.figures import origin, study_figures
 from lat_optuna.files import write_text
-from lat_optuna.search.front import Baselines, Front, Measured, Point, objective_names, standard_error
+from lat_optuna.search.front import Baselines, Front, Point, objective_names, standard_error
+from lat_optuna.summary import Progress, Row, notices, table, without_loss
 
 if TYPE_CHECKING:
     import optuna
     import plotly.graph_objects as go
-    from rich.table import Table
 
-FINISHED = ("COMPLETE", "PRUNED")
-NO_FAILURE = ("lost claim", "handed back")
 PACKAGES = ("lat-optuna", "torch", "transformers", "optuna", "datasets")
 TEMPLATES = Path(__file__).parent / "templates"
-
-# The same on light and on dark ground; kept apart by dashes and symbols as well, for colour-blind readers and print.
-BLUE, TEAL, ORANGE, GREY = "#2f74e0", "#0d9b86", "#dd7d1e", "#8a94a3"
 
 FRONT_COMMAND = "lat-optuna front {study} --budget {budget}"
 PYTHON_LINES = """\
@@ -36,400 +32,6 @@ import lat_optuna, transformers
 model = lat_optuna.load("{checkpoint}", budget={budget})
 tokenizer = transformers.AutoTokenizer.from_pretrained("{checkpoint}")
 outputs = model(**tokenizer("Any text of yours.", return_tensors="pt"))"""
-
-# ---------------------------------------------------------------------- the table (Table 1)
-
-
-@dataclass(frozen=True)
-class Row:
-    """A line of the table that sums a study up.
-
-    Attributes:
-        name: What the line is about.
-        metric: The metric in percent; ``None`` where there is no such point.
-        cost: FLOPs as a fraction of the dense model's.
-        change: Metric less that of the standard dense model, where that is known.
-        lengths: The configuration; empty for dense models.
-        number: Number of the trial.
-        note: Said instead of figures where there are none.
-    """
-
-    name: str
-    metric: float | None = None
-    cost: float | None = None
-    change: float | None = None
-    lengths: tuple[int, ...] = ()
-    number: int | None = None
-    note: str = ""
-
-
-def table(front: Front, baselines: Baselines | None = None) -> list[Row]:
-    """Dense models, most accurate point, cheapest point without loss against the standard model, smallest point."""
-    standard = baselines.dense() if baselines else None
-    adaptive = baselines.dense("length_adaptive") if baselines else None
-
-    def row(name: str, point: Measured | Point) -> Row:
-        change = None if standard is None else point.metric - standard.metric
-        number = point.number if isinstance(point, Point) else None
-        return Row(name, point.metric, point.cost, change, point.lengths, number)
-
-    rows = []
-    if standard:
-        rows.append(row("standard model, dense", standard))
-    if adaptive:
-        rows.append(row("length-adaptive model, dense", adaptive))
-    if front.points:
-        rows.append(row("most accurate point", front.points[-1]))
-        if standard:
-            lossless = without_loss(front, baselines)
-            name = "cheapest point without loss"
-            missing = f"no point reaches the standard model's {standard.metric:.2f}"
-            rows.append(row(name, lossless) if lossless else Row(name, note=missing))
-        rows.append(row("smallest point", front.points[0]))
-    return rows
-
-
-def without_loss(front: Front, baselines: Baselines | None) -> Point | None:
-    """The cheapest point at least as good as the standard dense model; ``None`` if there is none or it is unknown."""
-    standard = baselines.dense() if baselines else None
-    if standard is None or not front.points or front.points[-1].metric < standard.metric:
-        return None
-    return front.pick(max_drop=0.0, dense=standard.metric)
-
-
-# ---------------------------------------------------------------------- the terminal
-
-
-def front_table(front: Front, baselines: Baselines | None = None, limit: int = 20) -> Table:
-    """The front for a terminal.
-
-    Args:
-        front: What to show.
-        baselines: Adds the change against the standard model, and marks the cheapest point without loss.
-        limit: Most points shown, spread over the front; the first, the last and the marked one are always there.
-    """
-    from rich import box
-    from rich.table import Table
-
-    heading, lines = _terminal_rows(front, baselines, limit)
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in heading:
-        text = name in ("configuration", "")
-        result.add_column(name, justify="left" if text else "right", overflow="fold", no_wrap=name != "configuration")
-    for line in lines:
-        result.add_row(*line, style="bold green" if line[-1] else None)
-    return result
-
-
-def front_text(front: Front, baselines: Baselines | None = None, limit: int = 20) -> str:
-    """The same as plain text, for pipes and logs."""
-    return _aligned(*_terminal_rows(front, baselines, limit))
-
-
-def compare_text(fronts: Mapping[str, Front], baselines: Mapping[str, Baselines | None]) -> str:
-    """What stands out of several studies, one under the other, by name (Table 1)."""
-    heading = ["study", "point", "metric", "FLOPs", "change", "AUC", "configuration"]
-    lines = []
-    for name, front in fronts.items():
-        for row in table(front, baselines.get(name)) or [Row("nothing has been evaluated yet")]:
-            lines.append(
-                [
-                    name,
-                    row.name + (f": {row.note}" if row.note else ""),
-                    "" if row.metric is None else f"{row.metric:.2f} {front.metric}",
-                    "" if row.cost is None else f"{row.cost:.3f}x",
-                    "" if row.change is None else f"{row.change:+.2f}",
-                    f"{front.auc():.3f}" if front.points else "",
-                    "-".join(map(str, row.lengths)),
-                ]
-            )
-    return _aligned(heading, lines)
-
-
-def _aligned(heading: list[str], lines: list[list[str]]) -> str:
-    widths = [max(len(line[i]) for line in [heading, *lines]) for i in range(len(heading))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if name in ("study", "point", "configuration", "") else cell.rjust(width)
-            for name, cell, width in zip(heading, line, widths, strict=True)
-        ).rstrip()
-        for line in [heading, *lines]
-    )
-
-
-def _terminal_rows(front: Front, baselines: Baselines | None, limit: int) -> tuple[list[str], list[list[str]]]:
-    standard = baselines.dense() if baselines else None
-    lossless = without_loss(front, baselines)
-    count = len(front)
-    shown = set(range(count))
-    if count > limit:
-        shown = {round(i * (count - 1) / (max(limit, 2) - 1)) for i in range(max(limit, 2))}
-        if lossless:
-            shown.add(front.points.index(lossless))
-    heading = ["FLOPs", front.metric, *(["change"] if standard else []), "trial", "configuration", ""]
-    lines = []
-    for index in sorted(shown):
-        point = front.points[index]
-        line = [f"{point.cost:.3f}x", f"{point.metric:.2f}"]
-        if standard:
-            line.append(f"{point.metric - standard.metric:+.2f}")
-        line += ["" if point.number is None else str(point.number), point.text]
-        lines.append([*line, "no loss" if point is lossless else ""])
-    return heading, lines
-
-
-def front_plot(front: Front, width: int = 64, height: int = 12) -> str:
-    """The front as a small plot of characters: metric upwards, cost to the right."""
-    if len(front) < 2:
-        return ""
-    low, high = front.points[0].cost, front.points[-1].cost
-    bottom, top = front.points[0].metric, front.points[-1].metric
-    grid = [[" "] * width for _ in range(height)]
-    for points, mark in ((front.evaluated, "·"), (front.points, "●")):
-        for point in points:
-            x = round((point.cost - low) / (high - low) * (width - 1))
-            y = round((point.metric - bottom) / (top - bottom) * (height - 1))
-            if 0 <= x < width and 0 <= y < height:
-                grid[height - 1 - y][x] = mark
-    labels = [f"{top:.1f}", *[""] * (height - 2), f"{bottom:.1f}"]
-    margin = max(map(len, labels))
-    lines = [f"{label:>{margin}} ┤{''.join(row)}" for label, row in zip(labels, grid, strict=True)]
-    right = f"{high:.2f}x FLOPs"
-    lines.append(f"{'':>{margin}} └{'─' * width}")
-    lines.append(f"{'':>{margin}}  {f'{low:.2f}x':<{width - len(right)}}{right}")
-    return "\n".join(lines)
-
-
-# ---------------------------------------------------------------------- figures
-
-
-def front_figure(front: Front, baselines: Baselines | None = None, *, trials: bool = True) -> go.Figure:
-    """The front over all trials, against constant ratios of both models (Figure 2).
-
-    Args:
-        front: May be empty: the comparison is drawn all the same.
-        baselines: The curves of the standard and of the length-adaptive model.
-        trials: Whether to draw the trials that are not on the front.
-    """
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    metric = html.escape(front.metric)
-    on_front = set(front.points)
-    if trials and len(front.evaluated) > len(on_front):
-        beaten = [point for point in front.evaluated if point not in on_front]
-        marker = {"size": 5, "color": GREY, "opacity": 0.4}
-        figure.add_scatter(**_scatter(beaten, front), name="other trials", mode="markers", marker=marker)
-    if baselines:
-        for name, color, symbol in (("standard", ORANGE, "square"), ("length_adaptive", TEAL, "diamond")):
-            curve = sorted(getattr(baselines, name), key=lambda point: point.cost)
-            label = name.replace("_", "-")
-            figure.add_scatter(
-                x=[round(point.cost, 5) for point in curve],
-                y=[point.metric for point in curve],
-                text=[f"constant ratio {p.ratio:.3g}" if p.ratio else "dense" for p in curve],
-                customdata=["-".join(map(str, point.lengths)) for point in curve],
-                name=f"{label} model, constant ratio",
-                mode="lines+markers",
-                line={"color": color, "width": 2, "dash": "dash" if name == "standard" else "dot"},
-                marker={"size": 8, "symbol": symbol},
-                hovertemplate=f"<b>{label} model</b>, %{{text}}<br>{metric} %{{y:.2f}} %<br>FLOPs %{{x:.3f}}×"
-                "<br>%{customdata}<extra></extra>",
-            )
-        standard = baselines.dense()
-        if standard:
-            figure.add_hline(
-                y=standard.metric,
-                line={"color": ORANGE, "width": 1, "dash": "dot"},
-                annotation={
-                    "text": f"standard model, dense: {standard.metric:.2f} %",
-                    "font": {"color": ORANGE, "size": 12},
-                    "yanchor": "bottom",
-                },
-                annotation_position="top left",
-            )
-    if front.extrapolated:
-        figure.add_scatter(
-            **_scatter(front.extrapolated, front),
-            name="below the trained range",
-            mode="markers",
-            marker={"size": 8, "symbol": "circle-open", "color": BLUE},
-        )
-    if front.points:
-        figure.add_scatter(
-            **_scatter(front.points, front),
-            name="Pareto front",
-            mode="lines+markers",
-            line={"color": BLUE, "width": 2, "shape": "hv"},
-            marker={"size": 9 if len(front) <= 40 else 6},
-        )
-    return _laid_out(
-        figure,
-        f"{metric} against compute",
-        {"title": "FLOPs relative to the dense model", "ticksuffix": "×"},
-        {"title": f"{metric} (%)"},
-    )
-
-
-def compare_figure(fronts: Mapping[str, Front]) -> go.Figure:
-    """The fronts of several studies in one figure, by name."""
-    import plotly.graph_objects as go
-
-    figure = go.Figure()
-    for index, (name, front) in enumerate(fronts.items()):
-        figure.add_scatter(
-            **_scatter(front.points, front),
-            name=html.escape(name),
-            mode="lines+markers",
-            line={"width": 3, "shape": "hv"},
-            marker={"size": 8, "symbol": index},
-        )
-    metrics = ", ".join(dict.fromkeys(html.escape(front.metric) for front in fronts.values()))
-    x_axis = {"title": "FLOPs relative to each study's dense model", "ticksuffix": "×"}
-    return _laid_out(figure, "Fronts of several studies", x_axis, {"title": f"{metrics} (%)"})
-
-
-def auc_figure(front: Front) -> go.Figure:
-    """Area under the front after each generation of the search (Figure 4)."""
-    import plotly.graph_objects as go
-
-    generations = front.generations()
-    figure = go.Figure()
-    figure.add_scatter(
-        x=[generation.number for generation in generations],
-        y=[generation.auc for generation in generations],
-        customdata=[[generation.trials, round(generation.hypervolume, 4)] for generation in generations],
-        mode="lines+markers",
-        line={"color": BLUE, "width": 3},
-        marker={"size": 8},
-        hovertemplate="generation %{x}, %{customdata[0]} trials<br>area %{y:.3f} %<br>"
-        "hypervolume %{customdata[1]}<extra></extra>",
-    )
-    metric = html.escape(front.metric)
-    x_axis: dict[str, Any] = {"title": "generation (0: initial population)", "tickformat": "d"}
-    if len(generations) <= 12:
-        x_axis["dtick"] = 1
-    return _laid_out(figure, "Area under the front", x_axis, {"title": f"mean {metric} over budgets (%)"})
-
-
-def lengths_figure(front: Front) -> go.Figure:
-    """How many word vectors each layer keeps, point by point along the front."""
-    import plotly.graph_objects as go
-
-    points = front.points
-    layers = len(points[0].lengths) if points else 0
-    figure = go.Figure()
-    figure.add_heatmap(
-        # Costs may coincide when they are rounded, so that rows are numbered and only labelled by cost.
-        x=list(range(1, layers + 1)),
-        y=list(range(len(points))),
-        z=[list(point.lengths) for point in points],
-        customdata=[[[f"{point.cost:.3f}", f"{point.metric:.2f}"]] * layers for point in points],
-        zmin=1,
-        zmax=max(front.max_length, 2),
-        colorscale=[[0, "#eef4fd"], [0.5, "#6fa3ec"], [1, "#173f7f"]],
-        colorbar={"title": {"text": "word<br>vectors"}, "thickness": 12},
-        xgap=1,
-        hovertemplate=f"layer %{{x}} keeps %{{z}} of {front.max_length}<br>at %{{customdata[0]}}× FLOPs, "
-        f"{html.escape(front.metric)} %{{customdata[1]}} %<extra></extra>",
-    )
-    step = max(1, len(points) // 12)
-    ticks = list(range(0, len(points), step))
-    y_axis = {
-        "title": "FLOPs of the point",
-        "tickvals": ticks,
-        "ticktext": [f"{points[i].cost:.2f}×" for i in ticks],
-        "showgrid": False,
-    }
-    x_axis = {"title": "layer", "dtick": 1 if layers <= 16 else 4, "showgrid": False}
-    return _laid_out(figure, "Word vectors kept, layer by layer", x_axis, y_axis)
-
-
-def latency_figure(front: Front) -> go.Figure | None:
-    """Measured latency over FLOPs; ``None`` where no latency was measured."""
-    import plotly.graph_objects as go
-
-    points = [point for point in front.evaluated if "latency_ms" in point.extra]
-    if not points:
-        return None
-    figure = go.Figure()
-    trace = _scatter(points, front) | {"y": [point.extra["latency_ms"] for point in points]}
-    trace["hovertemplate"] = "%{y:.2f} ms at %{x:.3f}×<br>%{text}<extra></extra>"
-    figure.add_scatter(**trace, mode="markers", marker={"color": BLUE, "size": 7})
-    x_axis = {"title": "FLOPs relative to the dense model", "ticksuffix": "×"}
-    return _laid_out(figure, "Latency against FLOPs", x_axis, {"title": "latency (ms)", "rangemode": "tozero"})
-
-
-def figures(front: Front, baselines: Baselines | None = None) -> dict[str, go.Figure]:
-    """The figures of a report, by name; those for which there is nothing to draw are left out."""
-    drawn = {"front": front_figure(front, baselines)}
-    if front.points:
-        drawn |= {"auc": auc_figure(front), "lengths": lengths_figure(front)}
-        latency = latency_figure(front)
-        drawn |= {"latency": latency} if latency else {}
-    return drawn
-
-
-def export_figure(figure: go.Figure, path: str | os.PathLike[str]) -> Path:
-    """Write a figure as ``.html`` (self-contained), or as ``.png``, ``.svg`` or ``.pdf`` by plotly's own exporter.
-
-    Raises:
-        ValueError: The ending is another, or the exporter or its browser is missing (the message says which).
-    """
-    path = Path(path)
-    kind = path.suffix.lower().removeprefix(".")
-    if kind == "html":
-        figure.write_html(path, include_plotlyjs=True)
-    elif kind in ("png", "svg", "pdf"):
-        try:
-            figure.write_image(path, format=kind, width=900, height=560, scale=2)
-        # kaleido's own errors have no common class.
-        except Exception as error:
-            raise ValueError(
-                f"{path}: plotly exports {kind} through kaleido and a Chrome browser, which failed: "
-                f"{' '.join(str(error).split())[:120]}. `pip install kaleido` and install Chrome, write .html instead, "
-                "or use the camera button of the figure in the report"
-            ) from error
-    else:
-        raise ValueError(f"{path}: a figure is written as .html, .png, .svg or .pdf")
-    return path
-
-
-def _scatter(points: Sequence[Point], front: Front) -> dict[str, Any]:
-    metric = html.escape(front.metric)
-    return {
-        "x": [round(point.cost, 5) for point in points],
-        "y": [point.metric for point in points],
-        "text": [_hover(point) for point in points],
-        "hovertemplate": f"<b>{metric} %{{y:.2f}} % at %{{x:.3f}}× FLOPs</b><br>%{{text}}<extra></extra>",
-    }
-
-
-def _hover(point: Point) -> str:
-    drawn = [] if point.number is None else [f"trial {point.number}"]
-    if point.generation is not None:
-        drawn.append(f"generation {point.generation}")
-    if point.operation is not None:
-        drawn.append(html.escape(point.operation))
-    extra = [f"{html.escape(name)} {value:.4g}" for name, value in point.extra.items()]
-    return "<br>".join(part for part in (point.text, ", ".join(drawn), ", ".join(extra)) if part)
-
-
-def _laid_out(figure: go.Figure, title: str, x_axis: dict[str, Any], y_axis: dict[str, Any]) -> go.Figure:
-    figure.update_layout(
-        # plotly's default template is 7 kB a figure, too much for where the dashboard keeps figures.
-        template={"layout": {"colorway": [BLUE, ORANGE, TEAL, "#b0509c", GREY, "#8a6d1f"]}},
-        title={"text": title[:1].upper() + title[1:], "x": 0.02, "xanchor": "left", "y": 0.98, "yanchor": "top"},
-        xaxis={"gridcolor": "#e3e7ec", "zeroline": False, "automargin": True, **x_axis},
-        yaxis={"gridcolor": "#e3e7ec", "zeroline": False, "automargin": True, **y_axis},
-        legend={"orientation": "h", "yanchor": "bottom", "y": 1.01, "x": 0},
-        hovermode="closest",
-        hoverlabel={"align": "left"},
-        margin={"l": 60, "r": 20, "t": 110 if len(figure.data) > 1 else 60, "b": 50},
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
-    return figure
-
 
 # ---------------------------------------------------------------------- which words stay
 
@@ -483,67 +85,6 @@ def _words_html(words: KeptWords) -> str:
 # ---------------------------------------------------------------------- the report
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a study is.
-
-    Attributes:
-        finished: Trials that count towards the budget of trials.
-        failed: Trials that failed.
-        running: Trials that are being evaluated.
-        target: Trials that the study shall have, where that is known.
-        first: Start of the first trial.
-        last: End of the last finished trial.
-        seconds: Wall time of all evaluations together.
-        workers: Workers that took part.
-        devices: Their devices.
-    """
-
-    finished: int
-    failed: int
-    running: int
-    target: int | None
-    first: datetime | None
-    last: datetime | None
-    seconds: float
-    workers: tuple[str, ...]
-    devices: tuple[str, ...]
-
-    @classmethod
-    def of(cls, study: optuna.Study, target: int | None = None) -> Progress:
-        """Count a study's trials."""
-        trials = study.get_trials(deepcopy=False)
-        ended = [trial for trial in trials if trial.state.name in FINISHED]
-        seconds = [trial.user_attrs.get("seconds") for trial in ended]
-        return cls(
-            finished=len(ended),
-            # A claim that came second, or that was handed back, is no failure.
-            failed=sum(t.state.name == "FAIL" and t.user_attrs.get("fail") not in NO_FAILURE for t in trials),
-            running=sum(t.state.name == "RUNNING" for t in trials),
-            target=target,
-            first=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
-            last=max((trial.datetime_complete for trial in ended if trial.datetime_complete), default=None),
-            seconds=sum(value for value in seconds if isinstance(value, int | float)),
-            workers=tuple(sorted({str(t.user_attrs["worker"]) for t in ended if "worker" in t.user_attrs})),
-            devices=tuple(sorted({str(t.user_attrs["device"]) for t in ended if "device" in t.user_attrs})),
-        )
-
-    @property
-    def state(self) -> str:
-        """``"empty"``, ``"running"``, ``"stopped"`` short of its target, or ``"finished"``."""
-        if self.running:
-            return "running"
-        if not self.finished:
-            return "empty"
-        return "stopped" if self.target is not None and self.finished < self.target else "finished"
-
-    def __str__(self) -> str:
-        of = "" if self.target is None else f" of {self.target}"
-        failed = f", {self.failed} failed" if self.failed else ""
-        running = f", {self.running} under way" if self.running else ""
-        return f"{self.finished}{of} trials{running}{failed}"
-
-
 def write_report(
     path: str | os.PathLike[str],
     study: optuna.Study,
@@ -581,7 +122,7 @@ def write_report(
 
     front = Front.of(study) if front is None else front
     progress = Progress.of(study, n_trials)
-    drawn = figures(front, baselines)
+    drawn = study_figures(front, baselines)
     lossless = without_loss(front, baselines)
     standard = baselines.dense() if baselines else None
     data = {
@@ -592,7 +133,7 @@ def write_report(
                 "text": point.text,
                 "metric": point.metric,
                 "cost": point.cost,
-                "drawn": ", ".join(_hover(point).split("<br>")[1:2]),
+                "origin": origin(point),
             }
             for point in front.points
         ],
@@ -669,27 +210,6 @@ def _lead(front: Front, baselines: Baselines | None, lossless: Point | None, pro
         f"One set of weights, {len(front)} operating points: from {smallest.metric:.2f} % {metric} at "
         f"{smallest.cost:.2f}× the FLOPs of the dense model to {best.metric:.2f} % at {best.cost:.2f}×."
     )
-
-
-def notices(study: optuna.Study, front: Front, progress: Progress) -> list[str]:
-    """What whoever looks at a front has to know of it: that its study is not finished, has other objectives, ..."""
-    lines = []
-    if progress.state == "running":
-        lines.append(f"This study is still running ({progress}); this is how far it was.")
-    elif progress.state == "stopped":
-        lines.append(f"This study has stopped short of its trials ({progress}).")
-    others = objective_names(study)[2:]
-    if others:
-        lines.append(
-            f"This study has {len(others) + 2} objectives. The front shown is that of {front.metric} against FLOPs; "
-            f"{', '.join(others)} can be read off the points."
-        )
-    if front.extrapolated:
-        lines.append(
-            f"{len(front.extrapolated)} points below {front.low:.3f}× FLOPs are smaller than anything that training "
-            "reached. Figures show them as open circles; the front and its area leave them out."
-        )
-    return lines
 
 
 def _error_note(front: Front, baselines: Baselines | None) -> str:

@@ -13,7 +13,7 @@ import pytest
 from optuna_dashboard import get_note
 from stand_in_studies import baselines_of, front_of, stand_in_study
 
-from lat_optuna import dashboard, report
+from lat_optuna import dashboard, summary
 from lat_optuna.search.front import Front
 from lat_optuna.search.storage import open_storage
 
@@ -37,7 +37,7 @@ def test_the_note_says_what_was_run_and_what_came_out():
     assert "**MiniLM \\<small> on SST-2 & friends, 872 rows**" in note
     assert "- Search: stopped, 60 of 80 trials" in note
     assert "- seeds: training 42, search 0" in note
-    lossless = report.without_loss(front, BASELINES)
+    lossless = summary.without_loss(front, BASELINES)
     (line,) = (line for line in note.splitlines() if line.startswith("| cheapest point without loss"))
     assert f"| {lossless.metric:.2f} | {lossless.cost:.3f}× |" in line
     assert line.endswith(f"| {lossless.number} | {lossless.text} |")

@@ -16,7 +16,7 @@ from optuna.distributions import IntDistribution
 from optuna_dashboard import get_note
 from stand_in_studies import EVALUATOR, LAYERS, MAX_LENGTH, P, baselines_of, stand_in_study
 
-from lat_optuna import cli, pipeline, report
+from lat_optuna import cli, pipeline, summary
 from lat_optuna.search.front import Front, write_baselines
 from lat_optuna.search.sampler import SearchPlan
 from lat_optuna.search.storage import open_storage
@@ -143,7 +143,7 @@ def test_studies_are_compared_in_a_table_and_in_one_page(tmp_path):
     done = invoke("compare", first, second, third, "--output", page)
     assert done.exit_code == 0, done.stderr
     lines = done.stdout.splitlines()
-    lossless = report.without_loss(Front.of(study), baselines_of())
+    lossless = summary.without_loss(Front.of(study), baselines_of())
     (line,) = (line for line in lines if "cheapest point without loss" in line)
     assert line.startswith("stand-in")
     assert line.endswith(lossless.text)
@@ -172,7 +172,7 @@ def test_figures_as_files(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaleido", None)
     done = invoke("report", path, "--figures", folder, "--format", "png")
     assert done.exit_code == 1
-    assert "front.png: plotly exports png through kaleido and a Chrome browser" in done.stderr
+    assert "front.png: plotly exports png through kaleido" in done.stderr
     assert "pip install kaleido" in done.stderr
     assert not list(folder.glob("*.png"))
     assert invoke("report", path, "--figures", folder, "--format", "gif").exit_code == 2

@@ -5,17 +5,20 @@ from __future__ import annotations
 import html
 import json
 import re
+import struct
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import optuna
 import plotly.graph_objects as go
 import pytest
+from conftest import CHROMIUM
 from optuna.distributions import IntDistribution
 from rich.console import Console
 from stand_in_studies import LAYERS, LOW, MAX_LENGTH, baselines_of, front_of, stand_in_study
 
-from lat_optuna import report
+from lat_optuna import figures, report, summary
 from lat_optuna.search.front import Baselines, Front, Measured, Point
 from lat_optuna.search.front import auc as area_under
 
@@ -41,7 +44,7 @@ def front(study) -> Front:
 
 
 def test_the_table_compares_with_the_standard_model(front):
-    rows = {row.name: row for row in report.table(front, BASELINES)}
+    rows = {row.name: row for row in summary.table(front, BASELINES)}
     assert list(rows) == [
         "standard model, dense",
         "length-adaptive model, dense",
@@ -58,19 +61,19 @@ def test_the_table_compares_with_the_standard_model(front):
 
 
 def test_the_table_says_when_nothing_is_without_loss(front):
-    (row,) = (row for row in report.table(front, baselines_of(99.0)) if row.name == "cheapest point without loss")
+    (row,) = (row for row in summary.table(front, baselines_of(99.0)) if row.name == "cheapest point without loss")
     assert (row.metric, row.note) == (None, "no point reaches the standard model's 99.00")
 
 
 def test_the_table_needs_neither_baselines_nor_points(front):
-    assert [row.name for row in report.table(front)] == ["most accurate point", "smallest point"]
-    assert report.table(Front.from_points([], "accuracy", 64)) == []
+    assert [row.name for row in summary.table(front)] == ["most accurate point", "smallest point"]
+    assert summary.table(Front.from_points([], "accuracy", 64)) == []
 
 
 @pytest.mark.parametrize("limit", [5, 1000])
 def test_terminal_tables_show_both_ends_and_the_point_without_loss(front, limit):
-    text = report.front_text(front, BASELINES, limit=limit)
-    lossless = report.without_loss(front, BASELINES)
+    text = summary.front_text(front, BASELINES, limit=limit)
+    lossless = summary.without_loss(front, BASELINES)
     lines = text.splitlines()
     assert len(lines) - 1 <= min(limit + 1, len(front))
     for point in (front.points[0], lossless, front.points[-1]):
@@ -78,19 +81,19 @@ def test_terminal_tables_show_both_ends_and_the_point_without_loss(front, limit)
     (marked,) = (line for line in lines if line.endswith("no loss"))
     assert lossless.text in marked
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
-    console.print(report.front_table(front, BASELINES, limit=limit))
+    console.print(summary.front_table(front, BASELINES, limit=limit))
     shown = console.export_text()
     assert all(line.split()[0] in shown for line in lines)
 
 
 def test_the_plot_of_characters_rises_from_left_to_right(front):
-    lines = report.front_plot(front, width=40, height=8).splitlines()
+    lines = summary.front_plot(front, width=40, height=8).splitlines()
     rows = [line.partition("┤")[2] for line in lines[:8]]
     assert rows[-1][0] == "●"
     assert rows[0][39] == "●"
     firsts = [row.index("●") for row in rows if "●" in row]
     assert firsts == sorted(firsts, reverse=True)
-    assert report.front_plot(Front.from_points([], "accuracy", 64)) == ""
+    assert summary.front_plot(Front.from_points([], "accuracy", 64)) == ""
 
 
 # ---------------------------------------------------------------------- figures
@@ -102,7 +105,7 @@ def trace(figure: go.Figure, name: str) -> go.Scatter:
 
 
 def test_the_front_figure_shows_the_front_all_trials_and_both_models(front):
-    figure = report.front_figure(front, BASELINES)
+    figure = figures.front_figure(front, BASELINES)
     line = trace(figure, "Pareto front")
     assert list(line.y) == [point.metric for point in front.points]
     assert list(line.x) == pytest.approx([point.cost for point in front.points], abs=1e-5)
@@ -119,52 +122,74 @@ def test_the_front_figure_shows_the_front_all_trials_and_both_models(front):
 
 def test_extrapolated_points_are_drawn_apart(study):
     low = Front.of(study).points[3].cost
-    figure = report.front_figure(Front.of(study, low=low))
+    figure = figures.front_figure(Front.of(study, low=low))
     assert max(trace(figure, "below the trained range").x) < low
     assert min(trace(figure, "Pareto front").x) == pytest.approx(low, abs=1e-5)
 
 
 def test_the_area_figure_ends_at_the_area_of_the_front(front):
-    figure = report.auc_figure(front)
+    figure = figures.auc_figure(front)
     assert figure.data[0].y[-1] == pytest.approx(area_under(front.pairs, LOW))
     assert list(figure.data[0].y) == sorted(figure.data[0].y)
     assert figure.data[0].customdata[-1][0] == 60
 
 
 def test_the_lengths_figure_has_a_row_a_point(front):
-    (heat,) = report.lengths_figure(front).data
+    (heat,) = figures.lengths_figure(front).data
     assert [tuple(row) for row in heat.z] == [point.lengths for point in front.points]
 
 
 def test_latency_is_drawn_where_it_was_measured(front):
-    assert report.latency_figure(front) is None
+    assert figures.latency_figure(front) is None
     measured = front_of(stand_in_study(20, directions=("maximize", "minimize", "minimize")))
-    figure = report.latency_figure(measured)
+    figure = figures.latency_figure(measured)
     assert list(figure.data[0].y) == [point.extra["latency_ms"] for point in measured.evaluated]
 
 
 def test_several_studies_share_a_figure(front):
-    figure = report.compare_figure({"a": front, "b<": front})
+    figure = figures.compare_figure({"a": front, "b<": front})
     assert [trace.name for trace in figure.data] == ["a", "b&lt;"]
 
 
 def test_figures_are_small_enough_for_the_dashboard(front):
-    for figure in (report.front_figure(front, BASELINES), report.auc_figure(front), report.lengths_figure(front)):
+    for figure in (figures.front_figure(front, BASELINES), figures.auc_figure(front), figures.lengths_figure(front)):
         assert len(figure.to_json()) < 20_000
 
 
-@pytest.mark.parametrize("suffix", ["png", "svg"])
-def test_pictures_need_an_exporter_and_say_so(front, tmp_path, monkeypatch, suffix):
+def test_pictures_need_an_exporter_and_say_so(front, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kaleido", None)
-    with pytest.raises(ValueError, match=rf"front.{suffix}: .*kaleido.*pip install kaleido"):
-        report.export_figure(report.auc_figure(front), tmp_path / f"front.{suffix}")
+    with pytest.raises(ValueError, match=r"front\.png: .*pip install kaleido.*[Ww]rite \.html instead"):
+        figures.export_figure(figures.auc_figure(front), tmp_path / "front.png")
+
+
+def test_pictures_need_a_browser_and_say_so(front, tmp_path, monkeypatch):
+    pytest.importorskip("kaleido")
+    monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-browser"))
+    with pytest.raises(ValueError, match=r"front\.svg: .*finds no Chrome or Chromium: install one .*BROWSER_PATH"):
+        figures.export_figure(figures.auc_figure(front), tmp_path / "front.svg")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.browser
+def test_figures_become_pictures(front, tmp_path, chromium, monkeypatch):
+    pytest.importorskip("kaleido")
+    monkeypatch.setenv("BROWSER_PATH", str(CHROMIUM))
+    drawn = {"front": figures.front_figure(front, BASELINES), "auc": figures.auc_figure(front)}
+    paths = figures.export_figures(drawn, tmp_path / "pictures", "svg")
+    assert [path.name for path in paths] == ["front.svg", "auc.svg"]
+    root = ElementTree.parse(paths[0]).getroot()
+    texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"FLOPs relative to the dense model", "accuracy (%)"} <= texts
+    (png,) = figures.export_figures({"front": drawn["front"]}, tmp_path, "png")
+    assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", png.read_bytes()[16:24]) == (1800, 1120)
 
 
 def test_a_figure_alone_is_a_page_without_network(front, tmp_path):
-    path = report.export_figure(report.auc_figure(front), tmp_path / "auc.html")
+    path = figures.export_figure(figures.auc_figure(front), tmp_path / "auc.html")
     assert loads(path.read_text()) == []
     with pytest.raises(ValueError, match=r"\.html, \.png, \.svg or \.pdf"):
-        report.export_figure(report.auc_figure(front), tmp_path / "auc.gif")
+        figures.export_figure(figures.auc_figure(front), tmp_path / "auc.gif")
 
 
 # ---------------------------------------------------------------------- kept words
@@ -216,7 +241,7 @@ def test_the_page_holds_everything_and_loads_nothing(study, front, tmp_path):
     assert loads(page) == []
     assert [point["text"] for point in data_of(page)["points"]] == [point.text for point in front.points]
     assert set(data_of(page)["figures"]) == {"front", "auc", "lengths"}
-    lossless = report.without_loss(front, BASELINES)
+    lossless = summary.without_loss(front, BASELINES)
     assert data_of(page)["lossless"] == front.points.index(lossless)
     for fact in ("training 42, search 0", "2 workers", "real lengths", "5 s", f"torch {report._versions()['torch']}"):
         assert fact in page
@@ -274,7 +299,7 @@ def test_lost_claims_are_no_failures():
     study = stand_in_study(3)
     for reason in ("lost claim", "handed back", "died: worker a"):
         study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.FAIL, user_attrs={"fail": reason}))
-    assert str(report.Progress.of(study, 3)) == "3 of 3 trials, 1 failed"
+    assert str(summary.Progress.of(study, 3)) == "3 of 3 trials, 1 failed"
 
 
 def test_three_objectives_are_named_and_one_left_out(tmp_path):
@@ -311,7 +336,7 @@ def page_file(study, front, tmp_path_factory):
 def test_the_budget_chooses_the_point(page_file, front, browse):
     with browse() as page:
         page.goto(page_file.as_uri())
-        assert page.text_content("#chosen-config") == report.without_loss(front, BASELINES).text
+        assert page.text_content("#chosen-config") == summary.without_loss(front, BASELINES).text
         for budget in (0.45, 0.6, 0.9):
             page.fill("#budget", str(budget))
             point = front.pick(budget=budget)

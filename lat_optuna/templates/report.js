@@ -75,7 +75,7 @@
       $("chosen-change").textContent = (change < 0 ? "−" : "+") + Math.abs(change).toFixed(2);
     }
     $("chosen-config").textContent = point.text;
-    $("chosen-drawn").textContent = point.drawn;
+    $("chosen-origin").textContent = point.origin;
     point.lengths.forEach((length, layer) => {
       bars[layer].fill.style.width = (100 * length) / data.maxLength + "%";
       bars[layer].count.textContent = length;
