@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from lat_optuna.search.front import Baselines, Front, Measured, Point, objective_names
+from lat_optuna.search.front import Baselines, Front, Measured, Point, objective_names, seconds_of
 
 if TYPE_CHECKING:
     import optuna
@@ -50,7 +50,6 @@ class Progress:
         """Count a study's trials."""
         trials = study.get_trials(deepcopy=False)
         ended = [trial for trial in trials if trial.state.name in FINISHED]
-        seconds = [trial.user_attrs.get("seconds") for trial in ended]
         return cls(
             finished=len(ended),
             # A claim that came second, or that was handed back, is no failure.
@@ -59,7 +58,7 @@ class Progress:
             target=target,
             first=min((trial.datetime_start for trial in trials if trial.datetime_start), default=None),
             last=max((trial.datetime_complete for trial in ended if trial.datetime_complete), default=None),
-            seconds=sum(value for value in seconds if isinstance(value, int | float)),
+            seconds=sum(seconds_of(trial) or 0.0 for trial in ended),
             workers=tuple(sorted({str(t.user_attrs["worker"]) for t in ended if "worker" in t.user_attrs})),
             devices=tuple(sorted({str(t.user_attrs["device"]) for t in ended if "device" in t.user_attrs})),
         )

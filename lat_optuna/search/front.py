@@ -175,9 +175,10 @@ def points_of(study: optuna.Study) -> list[Point]:
         bounds = (getattr(trial.distributions[name], "high", 0) for name in trial.params if name.startswith("length_"))
         config = LengthConfig.from_parameters(trial.params, layers, max(bounds))
         attrs = trial.user_attrs
-        generation, operation, seconds = attrs.get("generation"), attrs.get("operation"), attrs.get("seconds")
+        generation, operation, seconds = attrs.get("generation"), attrs.get("operation"), seconds_of(trial)
         measured = {**(attrs.get("details") or {}), **dict(zip(names[2:], trial.values[2:], strict=True))}
-        measured.pop(names[0], None)
+        for name in (names[0], "seconds"):
+            measured.pop(name, None)
         extra = {name: float(value) for name, value in measured.items() if isinstance(value, int | float)}
         points.append(
             Point(
@@ -188,11 +189,18 @@ def points_of(study: optuna.Study) -> list[Point]:
                 generation=int(generation) if isinstance(generation, int | float) else None,
                 operation=None if operation is None else str(operation),
                 parents=tuple(attrs.get("parents") or ()),
-                seconds=float(seconds) if isinstance(seconds, int | float) else None,
+                seconds=seconds,
                 extra=extra,
             )
         )
     return points
+
+
+def seconds_of(trial: optuna.trial.FrozenTrial) -> float | None:
+    """How long a trial's evaluation took, if it says so."""
+    attrs = trial.user_attrs
+    seconds = (attrs.get("details") or attrs).get("seconds", attrs.get("seconds"))
+    return float(seconds) if isinstance(seconds, int | float) else None
 
 
 def objective_names(study: optuna.Study) -> list[str]:

@@ -7,8 +7,11 @@ import os
 import random
 import re
 import sqlite3
+import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -18,12 +21,19 @@ import psutil
 import sqlalchemy
 from optuna.storages import BaseStorage
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 Result = TypeVar("Result")
 
 BUSY_TIMEOUT = 60.0
 """Seconds that a SQLite connection waits for another one's write."""
 PATIENCE = 300.0
 """Seconds for which a lost connection is tried again."""
+TURN_SECONDS = 5.0
+"""For how long one waits for one's turn before doing without."""
 FORMS = "sqlite:///FOLDER/study.db, postgresql://USER:PASSWORD@HOST/DATABASE or grpc://HOST:PORT"
 NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs", "fuse.sshfs")
 
@@ -110,6 +120,88 @@ def retrying(call: Callable[[], Result], patience: float = PATIENCE, what: str =
         pause = min(2 * pause, 10.0)
 
 
+# ---------------------------------------------------------------------- one after the other
+
+
+@contextmanager
+def turn(storage: BaseStorage, study_id: int, seconds: float = TURN_SECONDS) -> Iterator[bool]:
+    """Take turns with the other processes that work on a study.
+
+    A courtesy: whoever looks at the trials and then adds one would often come second without it, but nothing may depend
+    on it. It is released when its holder dies, it is not waited for longer than ``seconds``, and Optuna's gRPC proxy
+    has nothing to offer for it.
+
+    Args:
+        storage: As :func:`open_storage` gives it.
+        study_id: Optuna's id of the study.
+        seconds: How long to wait.
+
+    Yields:
+        Whether it is this process's turn.
+    """
+    engine = getattr(getattr(storage, "_backend", None), "engine", None)
+    with ExitStack() as stack:
+        if isinstance(storage, optuna.storages.InMemoryStorage):
+            yield True
+        elif engine is None:
+            yield False
+        elif engine.dialect.name == "sqlite":
+            yield _lock_file(Path(f"{engine.url.database}-turn"), seconds, stack)
+        elif engine.dialect.name == "postgresql":
+            yield _lock_advisory(engine, study_id, seconds, stack)
+        else:
+            yield False
+
+
+def _lock_file(path: Path, seconds: float, stack: ExitStack) -> bool:
+    """Lock a file beside the database: not the database itself, whose own locks closing it would break."""
+    if fcntl is None:
+        return False
+    try:
+        file = stack.enter_context(path.open("a"))
+    except OSError:
+        return False  # a full or read-only disk is the storage's to report
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(random.uniform(0.001, 0.005))
+
+
+def _lock_advisory(engine: sqlalchemy.Engine, study_id: int, seconds: float, stack: ExitStack) -> bool:
+    """PostgreSQL's advisory lock, for the length of a transaction on a connection of its own."""
+    try:
+        connection = engine.connect()
+        stack.callback(_close, connection)
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {round(1000 * seconds)}")
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({zlib.crc32(b'lat_optuna') >> 1}, {study_id})")
+    except sqlalchemy.exc.SQLAlchemyError:
+        return False  # not in time, or without connection, which is the storage's to report
+    return True
+
+
+def _close(connection: sqlalchemy.Connection) -> None:
+    with suppress(sqlalchemy.exc.SQLAlchemyError):  # it was lost meanwhile, and the lock with it
+        connection.close()
+
+
+_thread = threading.local()
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Mark transactions of this thread as reading only: on SQLite they wait for nobody, and nobody for them."""
+    _thread.reading = True
+    try:
+        yield
+    finally:
+        _thread.reading = False
+
+
 # ---------------------------------------------------------------------- kinds of storage
 
 
@@ -143,7 +235,7 @@ def _open_sqlite(url: sqlalchemy.URL) -> BaseStorage:
     storage = _create(str(url), {"connect_args": {"timeout": BUSY_TIMEOUT}})
     # Only now: Optuna's check of the schema opens a second transaction inside the first and would lock itself out.
     sqlalchemy.event.listen(storage.engine, "connect", _on_sqlite_connect)
-    sqlalchemy.event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    sqlalchemy.event.listen(storage.engine, "begin", _on_sqlite_begin)
     storage.engine.dispose()
     return optuna.storages.get_storage(storage)
 
@@ -179,6 +271,10 @@ def _on_sqlite_connect(connection: Any, record: Any) -> None:
     connection.execute("PRAGMA synchronous=NORMAL")
 
 
+def _on_sqlite_begin(connection: sqlalchemy.Connection) -> None:
+    connection.exec_driver_sql("BEGIN" if getattr(_thread, "reading", False) else "BEGIN IMMEDIATE")
+
+
 def network_file_system(path: Path) -> str | None:
     """The type of the network file system that a path lies on, or ``None``."""
     place = path.absolute()
@@ -201,8 +297,8 @@ def _open_server(url: sqlalchemy.URL, scheme: str) -> BaseStorage:
             driver = "psycopg2" if importlib.util.find_spec("psycopg2") else "psycopg"
             _need(driver, "'lat-optuna[postgres]'", shown)
             url = url.set(drivername=f"postgresql+{driver}")
-        # A worker talks from two threads: its loop and its sign of life.
-        arguments |= {"pool_size": 2, "max_overflow": 2, "connect_args": {"connect_timeout": 10}}
+        # A worker talks from two threads, its loop and its sign of life, and waits for its turn beside that.
+        arguments |= {"pool_size": 3, "max_overflow": 2, "connect_args": {"connect_timeout": 10}}
     try:
         storage = _create(url.render_as_string(hide_password=False), arguments)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:

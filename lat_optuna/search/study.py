@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import random
 import socket
 import time
 import warnings
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,8 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lat_optuna.length_config import LengthConfig, parameter_names
 from lat_optuna.search.evaluator import Evaluation, Evaluator
-from lat_optuna.search.sampler import Candidate, Either, Fronts, SearchPlan
-from lat_optuna.search.storage import PATIENCE, open_storage, redact, retrying
+from lat_optuna.search.sampler import Candidate, Either, Fronts, Proposal, SearchPlan
+from lat_optuna.search.storage import PATIENCE, open_storage, reading, redact, retrying, turn
 
 LOST_CLAIM = "lost claim"
 HANDED_BACK = "handed back"
@@ -279,6 +281,9 @@ class Ledger:
         self._finished_slots: set[int] = set()
         self._finished_lengths: set[tuple[int, ...]] = set()
         self._first_open = 0
+        self._last_finished = 0
+        self._done = 0
+        self._waiting = False
         self._failures_of: Counter[tuple[int, ...]] = Counter()
         self._last_success = -1
         self._failed: dict[int, str] = {}
@@ -292,7 +297,8 @@ class Ledger:
 
     def refresh(self) -> None:
         """Read what has changed. Only trials that were not finished when last seen are looked at."""
-        trials = self._try(lambda: self.study.get_trials(deepcopy=False))
+        with reading():
+            trials = self._try(lambda: self.study.get_trials(deepcopy=False))
         for number in [*self._live, *range(self._read, len(trials))]:
             trial = trials[number]
             if trial.state.is_finished():
@@ -321,7 +327,10 @@ class Ledger:
         slot = _slot(trial)
         if slot is None:
             return  # of another program: not to be repeated, and otherwise no part of the plan
-        self._finished_slots.add(slot)
+        if slot not in self._finished_slots:
+            self._finished_slots.add(slot)
+            self._last_finished = max(self._last_finished, slot)
+            self._done += slot < self.n_trials
         if trial.state == TrialState.COMPLETE:
             metric, cost = trial.values[:2]
             self._fronts.add(Candidate(slot, trial.number, config, metric, cost))
@@ -340,7 +349,7 @@ class Ledger:
     @property
     def done(self) -> int:
         """Finished trials of the budget."""
-        return sum(1 for slot in self._finished_slots if slot < self.n_trials)
+        return self._done
 
     @property
     def running(self) -> int:
@@ -354,7 +363,7 @@ class Ledger:
 
     def front(self) -> list[Candidate]:
         """The Pareto front of all finished trials, in rising cost."""
-        return list(self._fronts.before(self.plan.generation_of(max(self._finished_slots, default=0)) + 1))
+        return list(self._fronts.before(self.plan.generation_of(self._last_finished) + 1))
 
     # ------------------------------------------------------------------ claiming
 
@@ -370,55 +379,91 @@ class Ledger:
             OSError: The storage does not answer, or cannot be written.
         """
         while True:
-            self.refresh()
-            self._end_dead_trials()
-            self._write_generations()
-            if self._first_open >= self.n_trials:
-                self.standing = "done"
+            # Whoever waits for others to finish looks without keeping those from their turns who have something to do.
+            if self._waiting and self._look() is None:
                 return None
-            self._check_failures()
-            slot = self._free_slot()
-            if slot is None:
-                return None
-            generation = self.plan.generation_of(slot)
-            if self.reproducible and self._first_open < self.plan.slots_of(generation).start:
-                return None
-            live = {config.lengths for config in map(self.config_of, self._live.values()) if config is not None}
-            excluded = {lengths for lengths, n in self._failures_of.items() if n >= MAX_FAILURES_OF_CONFIG}
-            taken = Either(self._finished_lengths, live, excluded)
-            proposal = self.plan.propose(slot, self._fronts.before(generation), taken)
-            if proposal is None:
-                # A running trial may yet fail and give its configuration back.
-                self.standing = "open" if self._live else "exhausted"
-                return None
-            trial_id = self._create_trial(
-                proposal.config,
-                {
-                    "slot": slot,
-                    "config": str(proposal.config),
-                    "generation": generation,
-                    "operation": proposal.operation,
-                    "parents": list(proposal.parents),
-                    "device": self.device,
-                    "worker": str(self.worker),
-                },
-            )
-            self.refresh()
-            number = next((n for n, trial in self._live.items() if trial._trial_id == trial_id), None)
-            if number is not None and self._is_ours(number, slot, proposal.config):
-                return Claim(trial_id, number, slot, proposal.config)
-            self._end(trial_id, LOST_CLAIM)
+            with turn(self._storage, self.study._study_id) as alone:
+                slot = self._look(alone)
+                self._waiting = slot is None
+                if slot is None:
+                    return None
+                proposal = self._propose(slot)
+                if proposal is None:
+                    # A running trial may yet fail and give its configuration back.
+                    self.standing = "open" if self._live else "exhausted"
+                    return None
+                claim = self._take(slot, proposal)
+            if claim is not None:
+                return claim
 
-    def _create_trial(self, config: LengthConfig, attrs: dict[str, Any]) -> int:
-        """A RUNNING trial, whole, in one transaction. The one place that uses a call that Optuna does not document."""
-        template = optuna.trial.create_trial(
+    def _look(self, alone: bool = True) -> int | None:
+        """See what has changed; returns the slot to claim now, if there is one.
+
+        Args:
+            alone: Whether nobody else claims at the same time. Otherwise one of the next free slots is drawn, so that
+                few who look at the same time take the same. (A lone worker sees no others and takes the first.)
+        """
+        self.refresh()
+        self._end_dead_trials()
+        self._write_generations()
+        if self._first_open >= self.n_trials:
+            self.standing = "done"
+            return None
+        self._check_failures()
+        free = self._free_slots(1 if alone else 1 + len(self._live))
+        if not free:
+            return None
+        slots = self.plan.slots_of(self.plan.generation_of(free[0]))
+        if self.reproducible and self._first_open < slots.start:
+            return None
+        return random.choice([slot for slot in free if slot in slots])
+
+    def _propose(self, slot: int) -> Proposal | None:
+        live = {config.lengths for config in map(self.config_of, self._live.values()) if config is not None}
+        excluded = {lengths for lengths, n in self._failures_of.items() if n >= MAX_FAILURES_OF_CONFIG}
+        taken = Either(self._finished_lengths, live, excluded)
+        return self.plan.propose(slot, self._fronts.before(self.plan.generation_of(slot)), taken)
+
+    def _take(self, slot: int, proposal: Proposal) -> Claim | None:
+        """Create the trial, and look again: ``None`` if somebody else was faster."""
+        trial = optuna.trial.create_trial(
             state=TrialState.RUNNING,
-            params=dict(config.parameters()),
+            params=dict(proposal.config.parameters()),
             distributions=self._distributions,
-            user_attrs=attrs,
+            user_attrs={
+                "slot": slot,
+                "config": str(proposal.config),
+                "generation": proposal.generation,
+                "operation": proposal.operation,
+                "parents": list(proposal.parents),
+                "device": self.device,
+                "worker": str(self.worker),
+            },
         )
+        seen = self._read
+        trial_id = self._create_trial(trial)
+        if self._number_is(seen, trial_id):
+            # Nobody has added a trial since we looked, so that nobody can have taken the slot or the configuration.
+            trial.number, trial._trial_id = seen, trial_id
+            self._live[seen] = trial
+            self._read = seen + 1
+            return Claim(trial_id, seen, slot, proposal.config)
+        self.refresh()
+        number = next((n for n, other in self._live.items() if other._trial_id == trial_id), None)
+        if number is not None and self._is_ours(number, slot, proposal.config):
+            return Claim(trial_id, number, slot, proposal.config)
+        self._end(trial_id, LOST_CLAIM)
+        return None
+
+    def _create_trial(self, trial: FrozenTrial) -> int:
+        """A RUNNING trial, whole, in one transaction. The one place that uses a call that Optuna does not document."""
         # If the answer is lost and the trial was created twice, the first one is found as our orphan later.
-        return self._try(lambda: self._storage.create_new_trial(self.study._study_id, template_trial=template))
+        return self._try(lambda: self._storage.create_new_trial(self.study._study_id, template_trial=trial))
+
+    def _number_is(self, number: int, trial_id: int) -> bool:
+        """Whether a trial that was just created has a number; Optuna's storages remember that for RDBs."""
+        study_id = self.study._study_id
+        return self._try(lambda: self._storage.get_trial_id_from_study_id_trial_number(study_id, number)) == trial_id
 
     @cached_property
     def _distributions(self) -> dict[str, BaseDistribution]:
@@ -434,12 +479,11 @@ class Ledger:
             for other, trial in self._live.items()
         )
 
-    def _free_slot(self) -> int | None:
+    def _free_slots(self, most: int) -> list[int]:
+        """The first slots that nobody has finished or is at."""
+        slots = range(self._first_open, self.n_trials)
         busy = {_slot(trial) for trial in self._live.values()}
-        for slot in range(self._first_open, self.n_trials):
-            if slot not in self._finished_slots and slot not in busy:
-                return slot
-        return None
+        return list(islice((slot for slot in slots if slot not in self._finished_slots and slot not in busy), most))
 
     def _check_failures(self) -> None:
         row = [number for number in self._failed if number > self._last_success and number >= self._since]
@@ -459,10 +503,9 @@ class Ledger:
         values = (evaluation.metric, evaluation.cost)
         if any(math.isnan(value) for value in values):
             return self.fail(claim, f"error: the metric is {evaluation.metric}, the cost {evaluation.cost}")
-        attrs: dict[str, Any] = {"seconds": round(evaluation.seconds, 4)}
-        if evaluation.details:
-            attrs["details"] = dict(evaluation.details)
-        return self._end(claim.trial_id, None, attrs, TrialState.COMPLETE, values)
+        # One attribute, since each is a transaction of its own.
+        details = {"seconds": round(evaluation.seconds, 4), **evaluation.details}
+        return self._end(claim.trial_id, None, {"details": details}, TrialState.COMPLETE, values)
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """End a trial as failed; its slot is free again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import random
 import subprocess
@@ -97,7 +98,7 @@ def test_a_trial_says_what_it_is():
     assert (trial.user_attrs["generation"], trial.user_attrs["operation"]) == (1, "crossover")
     assert (trial.user_attrs["device"], trial.user_attrs["worker"]) == ("cuda:3", str(ledger.worker))
     assert len(trial.user_attrs["parents"]) == 2
-    assert trial.user_attrs["seconds"] >= 0
+    assert trial.user_attrs["details"]["seconds"] >= 0
     assert study.metric_names == ["accuracy", "flops_ratio"]
     assert len(trial.user_attrs) <= 8  # more break the dashboard's tooltips
 
@@ -196,10 +197,10 @@ def claim_in_between(loser, winner):
     """The loser claims; between its look and its creation of the trial the winner claims too."""
     create, won = loser._create_trial, []
 
-    def late(config, attrs):
+    def late(trial):
         if not won:
             won.append(winner.claim())
-        return create(config, attrs)
+        return create(trial)
 
     loser._create_trial = late
     return loser.claim(), won[0]
@@ -221,11 +222,13 @@ def test_one_configuration_in_two_slots_is_evaluated_once():
     loser, winner = ledger_of(study, 30, 1), ledger_of(study, 30, 2)
     create, done = loser._create_trial, []
 
-    def late(config, attrs):
+    def late(trial):
         if not done:  # somebody takes the same configuration for another slot, and finishes it
-            done.append(winner._create_trial(config, attrs | {"slot": 20, "worker": str(winner.worker)}))
+            theirs = copy.deepcopy(trial)
+            theirs.user_attrs |= {"slot": 20, "worker": str(winner.worker)}
+            done.append(winner._create_trial(theirs))
             winner._end(done[0], None, {}, optuna.trial.TrialState.COMPLETE, (50.0, 0.5))
-        return create(config, attrs)
+        return create(trial)
 
     loser._create_trial = late
     claim = loser.claim()
