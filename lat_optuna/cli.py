@@ -146,9 +146,14 @@ def train(study: Path, overrides: tuple[str, ...]) -> None:
 @_study_argument
 @_workers
 @_devices
-def search(study: Path, overrides: tuple[str, ...], workers: int | None, devices: str | None) -> None:
+@click.option(
+    "--sampler", help="Who draws: paper, nsga2, nsga3, tpe, gp or random; short for --set search.sampler=NAME."
+)
+def search(
+    study: Path, overrides: tuple[str, ...], workers: int | None, devices: str | None, sampler: str | None
+) -> None:
     """Search length configurations with one or more local workers. Goes on from where it was stopped."""
-    spec = _load(study, overrides)
+    spec = _load(study, (*overrides, f"search.sampler={sampler}") if sampler else overrides)
     _search(spec, workers, devices)
     _front(spec)
 

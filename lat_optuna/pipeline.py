@@ -287,10 +287,11 @@ class MakeEvaluator:
 
 def make_plan(spec: StudySpec, evaluator: Evaluator) -> SearchPlan:
     """The search of a study file (paper: section 3.2)."""
-    from lat_optuna.search.sampler import SearchPlan
+    from lat_optuna.search.foreign import make_plan
 
     search = spec.search
-    return SearchPlan(
+    return make_plan(
+        search.sampler,
         num_layers=evaluator.num_layers,
         max_length=evaluator.max_length,
         retention=evaluator.retention,
@@ -301,6 +302,7 @@ def make_plan(spec: StudySpec, evaluator: Evaluator) -> SearchPlan:
         num_mutations=search.num_mutations,
         num_crossovers=search.num_crossovers,
         mutation_prob=search.mutation_prob,
+        max_cost=search.max_cost,
     )
 
 

@@ -123,17 +123,35 @@ class TrainingSpec(_Section):
 
 
 class SearchSpec(_Section):
-    """The evolutionary search (paper: section 3.2). The defaults are the paper's run: 22 + 30 x (30 + 30) trials."""
+    """The search (paper: section 3.2). The defaults are the paper's run: 22 + 30 x (30 + 30) trials.
 
+    Attributes:
+        preset: Sets what the other keys are by default; ``paper`` is everything as in the paper.
+        sampler: Who draws configurations: ``paper`` is its evolutionary search, the others are Optuna's.
+        max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
+    """
+
+    preset: Literal["default", "paper"] = "default"
+    sampler: Literal["paper", "nsga2", "nsga3", "tpe", "gp", "random"] = "paper"
     n_trials: int = Field(default=1822, ge=1)
     num_initial: int = Field(default=22, ge=2)
     num_mutations: int = Field(default=30, ge=1)
     num_crossovers: int = Field(default=30, ge=0)
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
+    max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"
     reproducible: bool = False
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        return PAPER | values if isinstance(values, dict) and values.get("preset") == "paper" else values
+
+
+PAPER: dict[str, Any] = {"sampler": "paper"}
+"""What ``preset: paper`` sets in the section ``search``, where the study file does not say otherwise."""
 
 
 class StudySpec(_Section):

@@ -11,7 +11,7 @@ import math
 import random
 import re
 import threading
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -42,6 +42,8 @@ class Candidate:
         config: What was evaluated.
         metric: Up is better.
         cost: Down is better.
+        further: Further objectives; down is better.
+        marks: What Optuna's own samplers have noted on the trial.
     """
 
     slot: int
@@ -49,6 +51,8 @@ class Candidate:
     config: LengthConfig
     metric: float
     cost: float
+    further: tuple[float, ...] = ()
+    marks: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,14 @@ class Proposal:
         generation: 0 for the initial population.
         operation: ``"constant ratio"``, ``"mutation"``, ``"crossover"`` or ``"random"``.
         parents: Trial numbers of the parents.
+        marks: What the trial is to carry for the sampler that drew it.
     """
 
     config: LengthConfig
     generation: int
     operation: str
     parents: tuple[int, ...] = ()
+    marks: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -85,6 +91,7 @@ class SearchPlan:
         num_mutations: ``n_m``.
         num_crossovers: ``n_c``.
         mutation_prob: ``p_m``.
+        max_cost: No proposal costs more, where this is given.
         cost: Configuration to number, rising with every length; by default the sum of the lengths.
     """
 
@@ -97,6 +104,7 @@ class SearchPlan:
     num_mutations: int = 30
     num_crossovers: int = 30
     mutation_prob: float = 0.5
+    max_cost: float | None = None
     cost: Cost | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
@@ -114,12 +122,25 @@ class SearchPlan:
                 f"they are {self.num_mutations} and {self.num_crossovers}"
             )
         LengthConfig.full(self.num_layers, self.max_length, self.retention)
+        if self.max_cost is not None and not self.max_cost > self.lowest_cost:
+            raise ValueError(
+                f"max_cost must lie above {self.lowest_cost:g}, what the smallest sub-model of p = {self.p} costs, "
+                f"and is {self.max_cost:g}"
+            )
 
     def settings(self) -> dict[str, Any]:
         """Everything that decides what a slot holds, the cost apart: part of a study's identity."""
         names = ("num_layers", "max_length", "retention", "seed", "p")
         sizes = ("num_initial", "num_mutations", "num_crossovers", "mutation_prob")
-        return {name: getattr(self, name) for name in names + sizes}
+        later: dict[str, Any] = {} if self.sampler == "paper" else {"sampler": self.sampler}
+        if self.max_cost is not None:
+            later["max_cost"] = self.max_cost
+        return {name: getattr(self, name) for name in names + sizes} | later
+
+    @property
+    def sampler(self) -> str:
+        """Name of the kind of search."""
+        return "paper"
 
     # ------------------------------------------------------------------ layout
 
@@ -167,6 +188,35 @@ class SearchPlan:
         """Cost of :attr:`smallest`."""
         return self.cost_of(self.smallest)
 
+    @property
+    def highest_cost(self) -> float:
+        """What no proposal may exceed."""
+        return math.inf if self.max_cost is None else self.max_cost
+
+    def allows(self, config: LengthConfig) -> bool:
+        """Whether a configuration costs neither less than ``smallest(p)`` nor more than the budget."""
+        return self.lowest_cost <= self.cost_of(config) <= self.highest_cost
+
+    def fit(self, config: LengthConfig) -> LengthConfig:
+        """The configuration itself if it is allowed, else scaled evenly towards the full or the smallest model."""
+        if self.allows(config):
+            return config
+        dear = self.cost_of(config) > self.highest_cost
+        ends = [min(pair) if dear else self.max_length for pair in zip(config, self.smallest, strict=True)]
+        low, high = 0, 1024  # of 1024 parts of the way; whole numbers, for the same result on every machine
+        while high - low > 1:
+            middle = (low + high) // 2
+            enough = self.cost_of(self._between(config, ends, middle))
+            far = enough <= self.highest_cost if dear else enough >= self.lowest_cost
+            low, high = (low, middle) if far else (middle, high)
+        return self._between(config, ends, high)
+
+    def _between(self, config: LengthConfig, ends: Sequence[int], parts: int) -> LengthConfig:
+        # Rounded in the direction of the way, so that its last step has an effect.
+        steps = [(end - length) * parts for length, end in zip(config, ends, strict=True)]
+        lengths = (n + (-(-step // 1024) if step > 0 else step // 1024) for n, step in zip(config, steps, strict=True))
+        return LengthConfig(tuple(lengths), self.max_length, self.retention)
+
     def initial(self, slot: int) -> LengthConfig:
         """The constant-ratio configuration of an initial slot, evenly spaced in cost."""
         if slot not in self._initial:
@@ -179,10 +229,10 @@ class SearchPlan:
 
     def _solve(self, slot: int) -> LengthConfig:
         if slot <= 0:
-            return self.full
+            return self.fit(self.full)
         if slot >= self.num_initial - 1:
             return self.smallest
-        highest = self.cost_of(self.full)
+        highest = min(self.highest_cost, self.cost_of(self.full))
         target = highest + (self.lowest_cost - highest) * slot / (self.num_initial - 1)
         low, high = 0.0, float(self.p)
         # The cost is a falling step function of the ratio: 30 halvings pin down the step on both sides of the target.
@@ -197,6 +247,22 @@ class SearchPlan:
 
     # ------------------------------------------------------------------ proposals
 
+    def choose(
+        self, slot: int, seen: Fronts, taken: Container[tuple[int, ...]], closed: bool = False
+    ) -> Proposal | None:
+        """What to evaluate in a slot, given what is visible: what a search asks.
+
+        Args:
+            slot: The slot.
+            seen: The finished trials.
+            taken: As in :meth:`propose`.
+            closed: Whether trials of this and later generations must not matter, whichever sampler it is.
+
+        Returns:
+            As :meth:`propose`.
+        """
+        return self.propose(slot, seen.before(self.generation_of(slot)), taken)
+
     def propose(self, slot: int, front: Sequence[Candidate], taken: Container[tuple[int, ...]]) -> Proposal | None:
         """What to evaluate in a slot: a function of its arguments and the plan.
 
@@ -206,15 +272,15 @@ class SearchPlan:
             taken: Lengths of the configurations that must not be drawn: finished, running or excluded ones.
 
         Returns:
-            The first draw that is not taken and costs at least what ``smallest(p)`` does, or ``None`` if no such
-            configuration is left.
+            The first draw that is not taken and within the range of costs, or ``None`` if no such configuration is
+            left.
         """
         generation = self.generation_of(slot)
         for attempt in range(OPERATION_ATTEMPTS + RANDOM_ATTEMPTS):
             # Seeding from a string hashes it: neighbouring slots and attempts are independent, on every machine alike.
             rng = random.Random(f"{self.seed}/{slot}/{attempt}")
             operation, config, parents = self._draw(slot, attempt, front, rng)
-            if config.lengths not in taken and self.cost_of(config) >= self.lowest_cost:
+            if config.lengths not in taken and self.allows(config):
                 return Proposal(config, generation, operation, parents)
         for config in self._within_range():
             if config.lengths not in taken:
@@ -237,14 +303,11 @@ class SearchPlan:
                 parent = rng.choice(front)
                 return "mutation", parent.config.mutate(self.mutation_prob, rng), (parent.number,)
         # LengthDrop never leaves the trained range, so that these draws are not wasted below it.
-        return (
-            "random",
-            LengthConfig.length_drop(self.p, self.num_layers, self.max_length, rng, self.retention),
-            (),
-        )
+        config = LengthConfig.length_drop(self.p, self.num_layers, self.max_length, rng, self.retention)
+        return "random", config if self.max_cost is None else self.fit(config), ()
 
     def _within_range(self) -> Iterator[LengthConfig]:
-        """Every configuration that costs at least ``smallest(p)``, from the full model down, without repetition."""
+        """Every allowed configuration, from the full model down, without repetition."""
 
         def extend(prefix: tuple[int, ...]) -> Iterator[LengthConfig]:
             for length in range(prefix[-1] if prefix else self.max_length, 0, -1):
@@ -253,6 +316,10 @@ class SearchPlan:
                 config = LengthConfig(flat, self.max_length, self.retention)
                 if self.cost_of(config) < self.lowest_cost:
                     return
+                if self.max_cost is not None:
+                    thin = (*prefix, length) + (1,) * (self.num_layers - len(prefix) - 1)
+                    if self.cost_of(LengthConfig(thin, self.max_length, self.retention)) > self.max_cost:
+                        continue
                 if len(prefix) + 1 == self.num_layers:
                     yield config
                 else:
@@ -315,6 +382,11 @@ class Fronts:
         for generation, front in self._fronts.items():
             if own < generation:
                 front.add(candidate)
+
+    def finished(self, generation: int | None = None) -> Sequence[Candidate]:
+        """All finished trials, or those of generations below ``generation``, in the order of their slots."""
+        found = (one for one in self._finished if generation is None or self._plan.generation_of(one.slot) < generation)
+        return sorted(found, key=lambda one: one.slot)
 
     def before(self, generation: int) -> Sequence[Candidate]:
         """The front of the trials of generations below ``generation``, in rising cost."""
@@ -444,8 +516,7 @@ class LengthConfigSampler(BaseSampler):
             if self._seen is None or not self._seen.belongs_to(study):
                 self._seen = _Seen(self.plan, study)
             self._seen.update()
-            front = self._seen.fronts.before(self.plan.generation_of(trial.number))
-            proposal = self.plan.propose(trial.number, front, self._seen.taken())
+            proposal = self.plan.choose(trial.number, self._seen.fronts, self._seen.taken())
         # A plain study goes on when everything has been evaluated; what is repeated then is of no consequence.
         return self.plan.smallest if proposal is None else proposal.config
 

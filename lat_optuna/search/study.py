@@ -27,6 +27,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lat_optuna.length_config import LengthConfig, parameter_names
 from lat_optuna.search.evaluator import Evaluation, Evaluator
+from lat_optuna.search.foreign import make_plan
 from lat_optuna.search.sampler import Candidate, Either, Fronts, Proposal, SearchPlan
 from lat_optuna.search.storage import PATIENCE, open_storage, reading, redact, retrying, turn
 
@@ -134,7 +135,7 @@ def _check_identity(study: Study, ours: Mapping[str, Any], what: str) -> None:
 
 
 def plan_of(study: Study) -> SearchPlan:
-    """The plan that a study was made with, except for its cost: enough to count what is done.
+    """The plan that a study was made with, except for its cost and the bound on it: enough to count what is done.
 
     Raises:
         ValueError: The study is another program's.
@@ -142,7 +143,7 @@ def plan_of(study: Study) -> SearchPlan:
     identity = study.user_attrs.get("identity")
     if not isinstance(identity, dict) or "plan" not in identity:
         raise ValueError(f"study {study.study_name!r} is another program's: it lacks a plan")
-    return SearchPlan(**identity["plan"])
+    return make_plan(**{key: value for key, value in identity["plan"].items() if key != "max_cost"})
 
 
 # ---------------------------------------------------------------------- workers and their lives
@@ -332,8 +333,9 @@ class Ledger:
             self._last_finished = max(self._last_finished, slot)
             self._done += slot < self.n_trials
         if trial.state == TrialState.COMPLETE:
-            metric, cost = trial.values[:2]
-            self._fronts.add(Candidate(slot, trial.number, config, metric, cost))
+            metric, cost, *further = trial.values
+            marks = trial.user_attrs.get("marks", {})
+            self._fronts.add(Candidate(slot, trial.number, config, metric, cost, tuple(further), marks))
 
     def config_of(self, trial: FrozenTrial) -> LengthConfig | None:
         """A trial's configuration, or ``None`` if it lacks lengths."""
@@ -422,7 +424,7 @@ class Ledger:
         live = {config.lengths for config in map(self.config_of, self._live.values()) if config is not None}
         excluded = {lengths for lengths, n in self._failures_of.items() if n >= MAX_FAILURES_OF_CONFIG}
         taken = Either(self._finished_lengths, live, excluded)
-        return self.plan.propose(slot, self._fronts.before(self.plan.generation_of(slot)), taken)
+        return self.plan.choose(slot, self._fronts, taken, closed=self.reproducible)
 
     def _take(self, slot: int, proposal: Proposal) -> Claim | None:
         """Create the trial, and look again: ``None`` if somebody else was faster."""
@@ -438,7 +440,8 @@ class Ledger:
                 "parents": list(proposal.parents),
                 "device": self.device,
                 "worker": str(self.worker),
-            },
+            }
+            | ({"marks": dict(proposal.marks)} if proposal.marks else {}),
         )
         seen = self._read
         trial_id = self._create_trial(trial)

@@ -275,3 +275,53 @@ def test_lengths_that_the_sampler_was_not_made_for_are_refused(name, high):
     study = optuna.create_study(directions=["maximize", "minimize"], sampler=small_sampler())
     with pytest.raises(ValueError, match=r"length_01 \.\.\. length_06 in 1\.\.128"):
         study.optimize(lambda trial: (trial.suggest_int(name, 1, high), 0.0), n_trials=1)
+
+
+# ---------------------------------------------------------------------- a budget
+
+
+@given(st.integers(2, 12), st.integers(16, 256), st.floats(0.02, 0.98), st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_scaling_into_the_range_changes_no_more_than_it_must(L, n, share, rng):
+    plan = SearchPlan(num_layers=L, max_length=n, p=0.3)
+    width = plan.cost_of(plan.full) - plan.lowest_cost
+    plan = replace(plan, max_cost=plan.lowest_cost + max(1.0, share * width))
+    any_config = LengthConfig(tuple(sorted((rng.randint(1, n) for _ in range(L)), reverse=True)), n)
+    fitted = plan.fit(any_config)
+    if plan.allows(any_config):
+        assert fitted == any_config
+    elif plan.cost_of(any_config) < plan.lowest_cost:
+        assert all(a >= b for a, b in zip(fitted, any_config, strict=True))
+        assert plan.cost_of(fitted) >= plan.lowest_cost
+    else:
+        assert all(a <= b for a, b in zip(fitted, any_config, strict=True))
+        assert plan.cost_of(fitted) <= plan.max_cost
+
+
+def test_no_proposal_exceeds_the_budget():
+    plan = replace(PLAN, max_cost=0.6 * 768)
+    costs = [plan.cost_of(proposal.config) for proposal in run_by_hand(plan, 60)]
+    assert min(costs) == plan.lowest_cost
+    assert 0.57 * 768 < max(costs) <= 0.6 * 768
+    assert plan.settings() == PLAN.settings() | {"max_cost": 0.6 * 768}
+
+
+def test_a_small_space_under_a_budget_is_drawn_to_the_last_configuration():
+    plan = SearchPlan(num_layers=3, max_length=6, p=0.5, max_cost=12.0)
+    expected = {
+        (a, b, c)
+        for a in range(1, 7)
+        for b in range(1, a + 1)
+        for c in range(1, b + 1)
+        if plan.lowest_cost <= a + b + c <= 12
+    }
+    taken = set()
+    for slot in range(len(expected)):
+        taken.add(plan.propose(slot, [], taken).config.lengths)
+    assert taken == expected
+    assert plan.propose(0, [], taken) is None
+
+
+def test_a_budget_below_the_trained_range_is_refused():
+    with pytest.raises(ValueError, match="max_cost must lie above"):
+        replace(PLAN, max_cost=PLAN.lowest_cost)
