@@ -34,8 +34,10 @@ if TYPE_CHECKING:
     from lat_optuna.search.sampler import SearchPlan
     from lat_optuna.search.worker import Ended, OnProgress, Search
     from lat_optuna.search.worker import Progress as SearchProgress
-    from lat_optuna.tasks import Task
+    from lat_optuna.tasks import Split, Task
 
+REPORTING_SPLIT: Split = "validation"
+"""What people are told; no search selects on it where there is a split ``"search"``."""
 SAMPLE_ROWS = 512
 """Validation rows, at most, on which the metric is looked at while a model is trained."""
 PUBLISH_SECONDS = 30.0
@@ -261,10 +263,17 @@ def best_precision() -> str:
 
 @dataclass(frozen=True)
 class MakeEvaluator:
-    """Makes a study's evaluator on a device; pickles, so that every worker makes its own."""
+    """Makes a study's evaluator on a device; pickles, so that every worker makes its own.
+
+    Attributes:
+        spec: The study.
+        standard: Whether the standard model is measured, not the length-adaptive one.
+        split: What is measured on; by default what the search selects on.
+    """
 
     spec: StudySpec
     standard: bool = False
+    split: Split | None = None
 
     def __call__(self, device: str) -> ModelEvaluator:
         """The evaluator of the length-adaptive model (or of the standard one) on ``device``."""
@@ -278,6 +287,7 @@ class MakeEvaluator:
         return ModelEvaluator(
             adapt(task.build_model(str(folder))) if self.standard else load(folder),
             task,
+            split=self.split or self.spec.search_split,
             device=device,
             precision=search.precision,
             protocol="real" if search.retention == "relative" else "padded",
@@ -323,7 +333,8 @@ def default_devices() -> list[str]:
 def measure_standard(spec: StudySpec, update: Update | None = None) -> Baselines:
     """Measure the standard model, dense and at the constant ratios of the search's initial population (Figure 2).
 
-    Results lie in ``baselines.json`` of the study's folder; what is there is not measured again.
+    Where the search has a split of its own, on that one and on the reporting split. Results lie in ``baselines.json``
+    of the study's folder; what is there is not measured again.
     """
     from lat_optuna.search.front import Baselines, Measured, read_baselines, write_baselines
 
@@ -332,13 +343,16 @@ def measure_standard(spec: StudySpec, update: Update | None = None) -> Baselines
             raise SpecError(f"{stage.folder} does not exist: train first (lat-optuna train STUDY)")
     device = default_device()
     evaluator = MakeEvaluator(spec, standard=True)(device)
+    reporter = None if spec.search_split == REPORTING_SPLIT else evaluator.on(REPORTING_SPLIT)
     plan = make_plan(spec, evaluator)
     identity = "; ".join(f"{key} {value}" for key, value in sorted(evaluator.identity().items()))
+    if reporter is not None:
+        identity += f"; reported on {reporter.identity()['data']}"
     baselines = read_baselines(spec.output)
     if baselines is None or baselines.about.get("standard model") != identity:
         baselines = Baselines(
             metric=evaluator.metric_name,
-            examples=len(evaluator.task.features("validation")),
+            examples=evaluator.num_examples,
             model=spec.model.checkpoint,
             data=describe_data(evaluator),
             protocol="real lengths, relative retention"
@@ -351,9 +365,11 @@ def measure_standard(spec: StudySpec, update: Update | None = None) -> Baselines
         config = plan.initial(slot)
         lengths = () if config.is_full else config.lengths
         if lengths not in {point.lengths for point in baselines.standard}:
-            evaluation = evaluator.evaluate(None if config.is_full else config)
+            measured = None if config.is_full else config
+            evaluation = evaluator.evaluate(measured)
+            reported = None if reporter is None else reporter.evaluate(measured).metric
             ratio = 1 - config.lengths[0] / config.max_length
-            point = Measured(evaluation.metric, evaluation.cost, ratio, lengths)
+            point = Measured(evaluation.metric, evaluation.cost, ratio, lengths, reported)
             baselines = replace(baselines, standard=(*baselines.standard, point))
             write_baselines(spec.output, baselines)
         if update is not None:
@@ -396,6 +412,7 @@ def search(
     except BaseException:
         _try_to_publish(spec)
         raise
+    measure_reported(spec)
     publish(spec)
     return ended
 
@@ -409,8 +426,45 @@ def join(spec: StudySpec, device: str | None = None, on_progress: OnProgress | N
 
     ended = run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
     if ended.here and _finished_last(spec):
+        measure_reported(spec, device)
         _try_to_publish(spec)
     return ended
+
+
+def measure_reported(spec: StudySpec, device: str | None = None, update: Update | None = None) -> None:
+    """Measure a front, and the constant ratios that it is compared with, on the split that the search did not see.
+
+    Does nothing where the search has no split of its own. The results lie in the study's attributes ``reported``,
+    configuration -> metric and details, and ``examples``; what is there is not measured again.
+
+    Args:
+        spec: The study; its search has begun.
+        device: Where to measure.
+        update: Is told how far it is.
+    """
+    from lat_optuna.search.front import Front
+    from lat_optuna.search.study import load_study
+
+    if spec.search_split == REPORTING_SPLIT:
+        return
+    study = load_study(spec.storage, spec.name)
+    front = Front.of(study)
+    initial = [point for point in front.evaluated if point.operation == "constant ratio"]
+    texts = list(dict.fromkeys(point.text for point in (*front.points, *initial)))
+    reported = dict(study.user_attrs.get("reported", {}))
+    missing = [text for text in texts if text not in reported]
+    if not missing and "examples" in study.user_attrs:
+        return
+    evaluator = MakeEvaluator(spec, split=REPORTING_SPLIT)(device or default_device())
+    searched = evaluator.on(spec.search_split).num_examples
+    study.set_user_attr("examples", {"search": searched, "reported": evaluator.num_examples})
+    for text in missing:
+        evaluation = evaluator.evaluate(LengthConfig.parse(text, front.max_length, front.retention))
+        # Read again: two processes may both believe that they ended the search.
+        reported = study.user_attrs.get("reported", {}) | {text: {"metric": evaluation.metric, **evaluation.details}}
+        study.set_user_attr("reported", reported)
+        if update is not None:
+            update(len(texts) - len(missing) + missing.index(text) + 1, len(texts))
 
 
 def _finished_last(spec: StudySpec) -> bool:
@@ -453,6 +507,7 @@ def _search_of(spec: StudySpec) -> Search:
         make_evaluator=MakeEvaluator(spec),
         make_plan=partial(make_plan, spec),
         n_trials=spec.search.n_trials,
+        metric=spec.search.metric,
         reproducible=spec.search.reproducible,
     )
 
@@ -557,7 +612,7 @@ def _with_adaptive_curve(baselines: Baselines | None, study: optuna.Study) -> Ba
         full = len(set(point.lengths)) == 1 and point.cost >= 1
         lengths = () if full else point.lengths
         if lengths in ratios:
-            curve.append(Measured(point.metric, point.cost, ratios[lengths], lengths))
+            curve.append(Measured(point.metric, point.cost, ratios[lengths], lengths, point.reported))
     return replace(baselines, length_adaptive=tuple(sorted(curve, key=lambda point: -point.cost)))
 
 
@@ -580,8 +635,10 @@ def describe_run(spec: StudySpec) -> dict[str, str]:
 def describe_data(evaluator: ModelEvaluator) -> str:
     """Data set and numbers of features."""
     task = evaluator.task
+    searched = "" if evaluator.split == REPORTING_SPLIT else f"{len(task.features(evaluator.split)):,} search, "
     return (
-        f"{task.name} ({len(task.features('train')):,} training, {len(task.features('validation')):,} evaluation rows)"
+        f"{task.name} ({len(task.features('train')):,} training, {searched}"
+        f"{len(task.features(REPORTING_SPLIT)):,} evaluation rows)"
     )
 
 

@@ -128,6 +128,8 @@ class SearchSpec(_Section):
     Attributes:
         preset: Sets what the other keys are by default; ``paper`` is everything as in the paper.
         sampler: Who draws configurations: ``paper`` is its evolutionary search, the others are Optuna's.
+        metric: What the search selects by, on the search split: ``metric``, the task's own that people see, or
+            ``probability``, the mean probability of the right answers, which is smoother.
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
     """
 
@@ -138,6 +140,7 @@ class SearchSpec(_Section):
     num_mutations: int = Field(default=30, ge=1)
     num_crossovers: int = Field(default=30, ge=0)
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
+    metric: Literal["metric", "probability"] = "metric"
     max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -178,6 +181,14 @@ class StudySpec(_Section):
             values = {"output": Path("runs") / str(values["name"])} | values
             values = {"storage": f"sqlite:///{Path(values['output']) / 'study.db'}"} | values
         return values
+
+    @property
+    def search_split(self) -> Literal["search", "validation"]:
+        """What the search selects on: rows held out from training where there are any.
+
+        Then ``validation`` is for reporting alone.
+        """
+        return "validation" if self.task.search_rows is None else "search"
 
     @property
     def standard_folder(self) -> Path:

@@ -211,7 +211,7 @@ def _check_layers(side: SideFile, layers: int, what: str) -> None:
 
 
 def _pick(side: SideFile, budget: float | None, latency_ms: float | None, folder: Path) -> FrontPoint:
-    """The most accurate point within the budget; of equal ones the cheapest."""
+    """The best point within the budget, in what the search selected by; of equal ones the cheapest."""
     if not side.front:
         raise ValueError(f"the front in {folder / SIDE_FILE} is empty; run a search first")
     points = list(side.front)
@@ -231,4 +231,4 @@ def _pick(side: SideFile, budget: float | None, latency_ms: float | None, folder
         if latency_ms is not None:
             cheapest += f", the fastest takes {min(point.extra['latency_ms'] for point in points):.3g} ms"
         raise ValueError(f"no point in {folder / SIDE_FILE} fits {' and '.join(wanted)}; {cheapest}")
-    return max(fitting, key=lambda point: (point.metric, -point.cost))
+    return max(fitting, key=lambda point: (point.extra.get("score", point.metric), -point.cost))

@@ -44,6 +44,19 @@ class Evaluation:
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
 
+    def score(self, name: str) -> float:
+        """What a search that selects by ``name`` sees: the metric for ``"metric"``, else one of the details.
+
+        Raises:
+            ValueError: Nothing of this name was measured; the message tells what was.
+        """
+        if name == "metric":
+            return self.metric
+        if name not in self.details:
+            there = ", ".join(["metric", *self.details])
+            raise ValueError(f"the search selects by {name!r}, but the task measures {there}; set search.metric")
+        return self.details[name]
+
 
 class Evaluator(Protocol):
     """What the search needs to know of a model on a task. Implementations live in one process on one device."""
@@ -117,8 +130,9 @@ class ModelEvaluator:
     The split is tokenised once and lies on the device as tensors, in batches of examples of like length. No example's
     result depends on its batch but by rounding, so batches are the device's affair. A configuration is measured once;
     configurations that keep the same tokens of every example (on short inputs many do) count as one. Beside the metric,
-    an evaluation's details hold the task's other metrics and, where the task tells it, ``log_prob``: the mean natural
-    log-probability of the right answers, a smoother measure than counts of right ones.
+    an evaluation's details hold the task's other metrics and, where the task tells them, two smoother measures than
+    counts of right answers: ``log_prob``, the mean natural log-probability of the right answers, and ``probability``,
+    their mean probability in percent.
 
     Args:
         model: An adapted model (:func:`lat_optuna.model.adapt`); it is moved to ``device``, in evaluation mode.
@@ -187,6 +201,25 @@ class ModelEvaluator:
         self._batches: list[_Batch] = []
         self._costs: dict[LengthConfig | None, float] = {None: 1.0}
         self._known: dict[tuple[tuple[int, ...], ...], Evaluation] = {}
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples of the split: of questions, say, where one may have several features."""
+        examples = getattr(self.task, "examples", None)
+        return len(self._lengths) if examples is None else len(set(examples(self.split)))
+
+    def on(self, split: Split) -> ModelEvaluator:
+        """The same model, measured on another split."""
+        return ModelEvaluator(
+            self.model,
+            self.task,
+            split,
+            self.device,
+            self.tokens_per_batch,
+            self.protocol,
+            self.retention,
+            self.precision,
+        )
 
     def cost(self, config: LengthConfig | None) -> float:
         """FLOPs of ``config`` divided by those of the dense model on the same inputs, counted as ``protocol`` says."""
@@ -277,7 +310,9 @@ class ModelEvaluator:
                 right.append(log_probs(output, batch.tensors).cpu())
         scores = self.task.score(self.split, predictions)  # type: ignore[arg-type]
         if right:
-            scores["log_prob"] = float(torch.cat(right).double().nanmean())
+            joined = torch.cat(right).double()
+            scores["log_prob"] = float(joined.nanmean())
+            scores["probability"] = 100.0 * float(joined.exp().nanmean())
         return scores
 
     def _make_batches(self) -> Iterator[_Batch]:

@@ -105,7 +105,7 @@ class Point:
 
     Attributes:
         lengths: The configuration's lengths, layer by layer.
-        metric: The task's metric, up is better.
+        metric: The task's metric on the split that was searched on, up is better.
         cost: FLOPs as a fraction of the dense model's.
         number: Number of the trial, where there is one.
         generation: Generation of the search that drew it, 0 for the initial population.
@@ -113,6 +113,8 @@ class Point:
         parents: Trial numbers of its parents.
         seconds: Wall time of the evaluation.
         extra: Anything else that was measured, by name: ``{"latency_ms": 12.3}``.
+        score: What the search selected by, up is better; the metric where nothing else is said.
+        reported: The metric on the reporting split, which the search did not see; ``None`` where it was not measured.
     """
 
     lengths: tuple[int, ...]
@@ -124,6 +126,12 @@ class Point:
     parents: tuple[int, ...] = ()
     seconds: float | None = None
     extra: Mapping[str, float] = field(default_factory=dict, hash=False)
+    score: float = math.nan
+    reported: float | None = None
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.score):
+            object.__setattr__(self, "score", self.metric)
 
     @property
     def text(self) -> str:
@@ -138,8 +146,8 @@ class Generation:
     Attributes:
         number: The generation, 0 for the initial population.
         trials: Finished trials of this generation and the earlier ones.
-        auc: Area under the front of those trials.
-        hypervolume: Their hypervolume against ``(0, 1)``.
+        auc: Area under the front of those trials, in what the search selects by.
+        hypervolume: Their hypervolume against ``(0, 1)``, likewise.
     """
 
     number: int
@@ -165,6 +173,8 @@ def points_of(study: optuna.Study) -> list[Point]:
             "maximise, then a cost to minimise"
         )
     names = objective_names(study)
+    selected_by = study.user_attrs.get("search_metric")
+    reported = study.user_attrs.get("reported", {})
     points = []
     for trial in study.get_trials(deepcopy=False):
         if trial.state.name != "COMPLETE" or not all(map(math.isfinite, trial.values)):
@@ -191,6 +201,8 @@ def points_of(study: optuna.Study) -> list[Point]:
                 parents=tuple(attrs.get("parents") or ()),
                 seconds=seconds,
                 extra=extra,
+                score=float(trial.values[0]) if selected_by is None else extra.get(selected_by, math.nan),
+                reported=reported.get(str(config), {}).get("metric"),
             )
         )
     return points
@@ -221,7 +233,7 @@ def generations(points: Sequence[Point], low: float, high: float = 1.0) -> list[
     """
     by_generation: dict[int, list[MetricAndCost]] = {}
     for point in points:
-        by_generation.setdefault(point.generation or 0, []).append((point.metric, point.cost))
+        by_generation.setdefault(point.generation or 0, []).append((point.score, point.cost))
     result: list[Generation] = []
     front: list[MetricAndCost] = []
     trials = 0
@@ -238,7 +250,7 @@ def generations(points: Sequence[Point], low: float, high: float = 1.0) -> list[
 
 @dataclass(frozen=True)
 class Front:
-    """The Pareto front of evaluated configurations.
+    """The Pareto front of evaluated configurations: those that none beats in what the search selected by and in cost.
 
     Attributes:
         points: Points that no other beats, in rising cost. Costs lie at or above ``low``.
@@ -248,6 +260,9 @@ class Front:
         max_length: ``l_0`` of every configuration.
         low: Cost of the smallest configuration that training reached, ``smallest(p)``; ``None`` if unknown.
         retention: What the lengths mean on shorter inputs, see :class:`LengthConfig`.
+        search_metric: Name of what the points' ``score`` is; ``None`` where it is the metric itself.
+        examples: Number of examples of the split ``"search"``, which ``metric`` and ``score`` were measured on, and of
+            the split ``"reported"``; empty where the search had no split of its own.
     """
 
     points: tuple[Point, ...]
@@ -257,6 +272,8 @@ class Front:
     max_length: int
     low: float | None = None
     retention: Retention = "relative"
+    search_metric: str | None = None
+    examples: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_points(
@@ -266,13 +283,17 @@ class Front:
         max_length: int,
         low: float | None = None,
         retention: Retention = "relative",
+        search_metric: str | None = None,
+        examples: Mapping[str, int] | None = None,
     ) -> Front:
         """The front of evaluated points; see the class for the arguments."""
         everything = tuple(points)
         bound = -math.inf if low is None else low - TOLERANCE
         inside = tuple(point for point in everything if point.cost >= bound)
         below = tuple(point for point in everything if point.cost < bound)
-        return cls(_best(inside), inside, _best(below), metric, max_length, low, retention)
+        return cls(
+            _best(inside), inside, _best(below), metric, max_length, low, retention, search_metric, dict(examples or {})
+        )
 
     @classmethod
     def of(cls, study: optuna.Study, low: float | None = None) -> Front:
@@ -297,12 +318,18 @@ class Front:
             max_length,
             attrs.get("low") if low is None else low,
             plan.get("retention", "relative"),
+            attrs.get("search_metric"),
+            attrs.get("examples"),
         )
 
     @classmethod
     def of_side_file(cls, side: SideFile, low: float | None = None) -> Front:
         """The front that lies in a checkpoint."""
-        points = [Point(p.lengths, p.metric, p.cost, extra=dict(p.extra)) for p in side.front]
+        points = []
+        for p in side.front:
+            extra = dict(p.extra)
+            score, reported = extra.pop("score", p.metric), extra.pop("reported", None)
+            points.append(Point(p.lengths, p.metric, p.cost, extra=extra, score=score, reported=reported))
         return cls.from_points(points, side.metric or "metric", side.max_length, low, side.retention)
 
     def __len__(self) -> int:
@@ -319,8 +346,9 @@ class Front:
         return self.low if self.low is not None else min((point.cost for point in self.points), default=0.0)
 
     def auc(self, high: float = 1.0) -> float:
-        """Area under the front between :attr:`range_low` and ``high``; see :func:`auc`."""
-        return auc(self.pairs, self.range_low, high) if self.points and self.range_low < high else 0.0
+        """Area under the front, in what the search selected by; from :attr:`range_low` to ``high``; see :func:`auc`."""
+        pairs = [(point.score, point.cost) for point in self.points]
+        return auc(pairs, self.range_low, high) if self.points and self.range_low < high else 0.0
 
     def generations(self, high: float = 1.0) -> list[Generation]:
         """Area and hypervolume after each generation of the search; see :func:`generations`."""
@@ -338,14 +366,15 @@ class Front:
     ) -> Point:
         """The point for a budget.
 
-        With ``max_drop`` the cheapest point that is good enough, otherwise the most accurate one that is cheap enough.
-        Conditions add up; without any, the most accurate point.
+        With ``max_drop`` the cheapest point that is good enough, otherwise the best one that is cheap enough, in what
+        the search selected by. Conditions add up; without any, the best point. What was measured on the reporting
+        split decides nothing here: it would no longer be a fair report.
 
         Args:
             budget: At most this fraction of the dense model's FLOPs.
             latency_ms: At most this latency, where latencies were measured (``extra["latency_ms"]``).
-            max_drop: At most this much worse than ``dense``, in the metric's unit; 0 is "without loss".
-            dense: Metric of the dense model that ``max_drop`` refers to.
+            max_drop: Metric at most this much worse than ``dense``, in its unit; 0 is "without loss".
+            dense: Metric of the dense model that ``max_drop`` refers to, on the split that was searched on.
 
         Raises:
             ValueError: The front is empty, no point meets the conditions (the message says what the nearest one
@@ -378,7 +407,7 @@ class Front:
                     f"no point costs at most {budget:g} of the dense model's FLOPs; the smallest costs {cheapest:.4f}"
                 )
         if max_drop is None:
-            return max(candidates, key=lambda point: (point.metric, -point.cost))
+            return max(candidates, key=lambda point: (point.score, -point.cost))
         assert dense is not None
         best = max(point.metric for point in candidates)
         candidates = [point for point in candidates if point.metric >= dense - max_drop - TOLERANCE]
@@ -398,6 +427,8 @@ class Front:
                 "trial": point.number,
                 self.metric: point.metric,
                 "flops_ratio": point.cost,
+                **({} if self.search_metric is None else {"score": point.score}),
+                **({} if point.reported is None else {"reported": point.reported}),
                 "configuration": point.text,
                 "generation": point.generation,
                 "operation": point.operation,
@@ -427,14 +458,22 @@ class Front:
         return text.getvalue()
 
     def side_points(self) -> tuple[FrontPoint, ...]:
-        """The front as it goes into a checkpoint's side file."""
+        """The front as it goes into a checkpoint's side file; ``score`` and ``reported`` lie in ``extra``."""
         from lat_optuna.model.checkpoint import FrontPoint
 
-        return tuple(FrontPoint(point.lengths, point.metric, point.cost, dict(point.extra)) for point in self.points)
+        points = []
+        for point in self.points:
+            extra = dict(point.extra)
+            if self.search_metric is not None:
+                extra["score"] = point.score
+            if point.reported is not None:
+                extra["reported"] = point.reported
+            points.append(FrontPoint(point.lengths, point.metric, point.cost, extra))
+        return tuple(points)
 
 
 def _best(points: Sequence[Point]) -> tuple[Point, ...]:
-    return tuple(points[index] for index in non_dominated([(point.metric, point.cost) for point in points]))
+    return tuple(points[index] for index in non_dominated([(point.score, point.cost) for point in points]))
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -452,16 +491,18 @@ class Measured:
     """A model's figure without a search.
 
     Attributes:
-        metric: The task's metric, in percent.
+        metric: The task's metric, in percent, on the split that is searched on.
         cost: FLOPs as a fraction of the dense model's.
         ratio: Share that every layer drops; 0 is the dense model.
         lengths: The configuration; empty for the dense model.
+        reported: The metric on the reporting split, where that is another.
     """
 
     metric: float
     cost: float = 1.0
     ratio: float = 0.0
     lengths: tuple[int, ...] = ()
+    reported: float | None = None
 
 
 @dataclass(frozen=True)
@@ -472,7 +513,7 @@ class Baselines:
         metric: Name of the metric.
         standard: The plainly fine-tuned model, dense, then at constant ratios in falling cost.
         length_adaptive: The length-adaptive model, likewise.
-        examples: Number of evaluation examples, for the standard error of an accuracy.
+        examples: Number of examples that ``metric`` was measured on, for the standard error of an accuracy.
         model: The encoder, as people call it.
         data: Data set, split and number of rows.
         protocol: How inputs are counted and cut: ``"real lengths, relative retention"``.
@@ -536,7 +577,14 @@ def read_baselines(folder: str | os.PathLike[str]) -> Baselines | None:
 def _curve(points: Sequence[Mapping[str, Any]]) -> tuple[Measured, ...]:
     curve = []
     for p in points:
-        point = Measured(float(p["metric"]), float(p["cost"]), float(p["ratio"]), tuple(map(int, p["lengths"])))
+        reported = p.get("reported")
+        point = Measured(
+            float(p["metric"]),
+            float(p["cost"]),
+            float(p["ratio"]),
+            tuple(map(int, p["lengths"])),
+            None if reported is None else float(reported),
+        )
         if not (math.isfinite(point.metric) and point.cost > 0 and 0 <= point.ratio < 1):
             raise ValueError(f"{point} is impossible: the metric must be finite, cost > 0 and 0 <= ratio < 1")
         curve.append(point)

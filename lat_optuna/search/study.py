@@ -49,17 +49,19 @@ class SearchError(RuntimeError):
 # ---------------------------------------------------------------------- opening
 
 
-def open_study(storage: str, name: str, evaluator: Evaluator, plan: SearchPlan) -> Study:
+def open_study(storage: str, name: str, evaluator: Evaluator, plan: SearchPlan, metric: str = "metric") -> Study:
     """Create a study, or join it if it measures the same thing in the same way.
 
     The study gets the objectives (metric, up) and (FLOPs ratio, down), and as attributes ``identity`` and ``low``, the
-    cost of the smallest configuration that training reached.
+    cost of the smallest configuration that training reached. One that selects by something else than its metric says so
+    in the attribute ``search_metric``: a name in its trials' ``details``.
 
     Args:
         storage: URL, see :func:`lat_optuna.search.storage.open_storage`.
         name: Name of the study in the storage.
         evaluator: Says what the values mean.
         plan: Says what the slots mean.
+        metric: What the search selects by, as in :meth:`Evaluation.score`.
 
     Raises:
         ValueError: The study belongs to another checkpoint, data set, protocol or plan; the message says what differs.
@@ -68,6 +70,8 @@ def open_study(storage: str, name: str, evaluator: Evaluator, plan: SearchPlan) 
     backend = open_storage(storage)
     what = redact(storage)
     identity = json.loads(json.dumps({"evaluator": dict(evaluator.identity()), "plan": plan.settings()}))
+    if metric != "metric":
+        identity["search"] = {"metric": metric}
     try:
         study = retrying(
             lambda: optuna.create_study(study_name=name, storage=backend, directions=["maximize", "minimize"]),
@@ -104,6 +108,8 @@ def _describe(study: Study, identity: Mapping[str, Any], evaluator: Evaluator, p
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study.set_metric_names([evaluator.metric_name, "flops_ratio"])
     study.set_user_attr("low", plan.lowest_cost)
+    for key, value in identity.get("search", {}).items():
+        study.set_user_attr(f"search_{key}", value)
     study.set_user_attr("identity", dict(identity))
 
 
@@ -122,16 +128,22 @@ def _check_identity(study: Study, ours: Mapping[str, Any], what: str) -> None:
     if theirs is None or study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
         raise ValueError(f"study {study.study_name!r} in {what} is another program's; choose another name or storage")
     differing = [
-        f"{key} is {theirs[part].get(key, 'not set')!r} there and {ours[part].get(key, 'not set')!r} here"
-        for part in ("evaluator", "plan")
-        for key in sorted(theirs[part].keys() | ours[part].keys())
-        if theirs[part].get(key) != ours[part].get(key)
+        f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
+        for there, here in ((theirs.get(part, {}), ours.get(part, {})) for part in ("evaluator", "plan", "search"))
+        for key in sorted(there.keys() | here.keys())
+        if there.get(key) != here.get(key)
     ]
     if differing:
         raise ValueError(
             f"study {study.study_name!r} in {what} was made with other settings, so that its values must not be mixed "
             f"with these: {'; '.join(differing)}. Choose another name or storage, or use what it was made with"
         )
+
+
+def score_of(trial: FrozenTrial, search_metric: str) -> float:
+    """What the search selects a complete trial by; see :meth:`Evaluation.score`."""
+    details = trial.user_attrs.get("details", {})
+    return float(trial.values[0] if search_metric == "metric" else details.get(search_metric, math.nan))
 
 
 def plan_of(study: Study) -> SearchPlan:
@@ -276,7 +288,10 @@ class Ledger:
         self.patience = patience
         self.standing: Standing = "open"
         self._storage = study._storage
-        self._low = float(self._try(lambda: study.user_attrs)["low"])
+        attrs = self._try(lambda: study.user_attrs)
+        self._low = float(attrs["low"])
+        self.metric: str = attrs.get("search_metric", "metric")
+        self._metrics: dict[int, float] = {}
         self._read = 0
         self._live: dict[int, FrozenTrial] = {}
         self._finished_slots: set[int] = set()
@@ -335,7 +350,9 @@ class Ledger:
         if trial.state == TrialState.COMPLETE:
             metric, cost, *further = trial.values
             marks = trial.user_attrs.get("marks", {})
-            self._fronts.add(Candidate(slot, trial.number, config, metric, cost, tuple(further), marks))
+            score = score_of(trial, self.metric)
+            self._metrics[trial.number] = metric
+            self._fronts.add(Candidate(slot, trial.number, config, score, cost, tuple(further), marks))
 
     def config_of(self, trial: FrozenTrial) -> LengthConfig | None:
         """A trial's configuration, or ``None`` if it lacks lengths."""
@@ -364,8 +381,12 @@ class Ledger:
         return len(self._failed)
 
     def front(self) -> list[Candidate]:
-        """The Pareto front of all finished trials, in rising cost."""
+        """The Pareto front of all finished trials, in rising cost; ``metric`` is what the search selects by."""
         return list(self._fronts.before(self.plan.generation_of(self._last_finished) + 1))
+
+    def metric_of(self, candidate: Candidate) -> float:
+        """The metric that people see."""
+        return self._metrics[candidate.number]
 
     # ------------------------------------------------------------------ claiming
 
@@ -504,8 +525,10 @@ class Ledger:
             Whether the values were taken: not if the trial was meanwhile given to somebody else.
         """
         values = (evaluation.metric, evaluation.cost)
-        if any(math.isnan(value) for value in values):
-            return self.fail(claim, f"error: the metric is {evaluation.metric}, the cost {evaluation.cost}")
+        score = evaluation.score(self.metric)
+        if any(math.isnan(value) for value in (*values, score)):
+            selected = "" if self.metric == "metric" else f", the {self.metric} {score}"
+            return self.fail(claim, f"error: the metric is {evaluation.metric}{selected}, the cost {evaluation.cost}")
         # One attribute, since each is a transaction of its own.
         details = {"seconds": round(evaluation.seconds, 4), **evaluation.details}
         return self._end(claim.trial_id, None, {"details": details}, TrialState.COMPLETE, values)

@@ -56,10 +56,10 @@ class Progress:
         total: The budget.
         running: Trials that are being evaluated.
         failed: Trials that failed so far.
-        auc: Area under the front of the finished trials; ``None`` before the first.
+        auc: Area under the front of the finished trials, in what the search selects by; ``None`` before the first.
         rate: Finished trials a second since this run started.
         seconds_left: At that rate; ``None`` while there is none.
-        front: ``(metric, cost)`` of the front's points, in rising cost.
+        front: ``(metric, cost)`` of the front's points, in rising cost; the metric that people see.
     """
 
     done: int
@@ -112,6 +112,7 @@ class Search:
         make_evaluator: Called once in each worker, with its device.
         make_plan: Called once in each worker, with its evaluator.
         n_trials: How many trials are to finish, earlier runs included.
+        metric: What the search selects by, as in :meth:`Evaluation.score`.
         reproducible: Propose only when all earlier generations are finished: the same trials with any number of
             workers.
         beat: Seconds between a worker's signs of life.
@@ -125,6 +126,7 @@ class Search:
     make_evaluator: MakeEvaluator
     make_plan: MakePlan
     n_trials: int
+    metric: str = "metric"
     reproducible: bool = False
     beat: float = BEAT_SECONDS
     grace: float = GRACE_SECONDS
@@ -162,7 +164,7 @@ def run_worker(
     with _signals() as asked:
         evaluator = search.make_evaluator(device)
         plan = search.make_plan(evaluator)
-        study = open_study(search.storage, search.name, evaluator, plan)
+        study = open_study(search.storage, search.name, evaluator, plan, search.metric)
         ledger = Ledger(
             study,
             plan,
@@ -215,6 +217,7 @@ def _work(
         pause = 0.05
         try:
             evaluation = evaluator.evaluate(claim.config)
+            evaluation.score(ledger.metric)  # an evaluation without it has failed
         except Exception as error:
             # One line for people; the traceback goes to workers' logs and to those who asked for more.
             wanted = logger.isEnabledFor(logging.INFO)
@@ -238,16 +241,16 @@ class _Meter:
         ledger, seconds = self._ledger, time.monotonic() - self._start
         done = ledger.done
         rate = (done - self._before) / seconds if seconds > 0 else 0.0
-        front = [(one.metric, one.cost) for one in ledger.front()]
+        front = ledger.front()
         return Progress(
             done=done,
             total=ledger.n_trials,
             running=ledger.running,
             failed=ledger.failed,
-            auc=ledger.auc(front) if done else None,
+            auc=ledger.auc([(one.metric, one.cost) for one in front]) if done else None,
             rate=rate,
             seconds_left=(ledger.n_trials - done) / rate if rate else None,
-            front=tuple(front),
+            front=tuple((ledger.metric_of(one), one.cost) for one in front),
         )
 
     def ended(self, standing: Standing | None = None) -> Ended:

@@ -51,6 +51,10 @@ class Task(Protocol):
         """Metrics in percent, ``metric_name`` first, from one prediction a feature in the order of ``features``."""
         ...
 
+    # A task whose metric is the mean over its examples may tell it of each, as ``score_examples``; see
+    # :class:`lat_optuna.tasks.text_classification.Classification`. One whose examples may have several features tells
+    # whose feature is whose, as ``examples``. One that knows the right answers' probability has ``log_probs``.
+
     def fingerprint(self, split: Split) -> str:
         """Hash of the split's rows and of the preprocessing: equal where values may be compared."""
         ...

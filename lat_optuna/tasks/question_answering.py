@@ -173,29 +173,60 @@ class QuestionAnswering:
 
     def score(self, split: Split, predictions: Sequence[np.ndarray]) -> dict[str, float]:
         """F1 and exact match in percent, as SQuAD's official script defines them; NaN if a logit is NaN."""
-        if any((feature != feature).any() for feature in predictions):
-            return {"f1": float("nan"), "exact_match": float("nan")}
-        golds = self._split(split).golds
-        totals = {"f1": 0.0, "exact_match": 0.0}
-        for answer, texts in zip(self.answers(split, predictions), golds, strict=True):
-            totals["f1"] += max(f1(answer, text) for text in texts)
-            totals["exact_match"] += max(exact_match(answer, text) for text in texts)
-        return {name: 100.0 * total / len(golds) for name, total in totals.items()}
+        scores = self.score_examples(split, range(len(predictions)), predictions)
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+    def score_examples(
+        self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The metrics of some questions, one fp64 number each, whose means are what :meth:`score` gives.
+
+        Args:
+            split: Part of the data.
+            features: Rows of its features: of every question all or none.
+            predictions: Their predictions.
+
+        Returns:
+            Questions are in the order of :meth:`examples`.
+        """
+        import numpy as np
+
+        golds, owners = self._split(split).golds, self.examples(split)
+        spoilt = {owners[row] for row, feature in zip(features, predictions, strict=True) if np.isnan(feature).any()}
+        answers = self._answers(split, features, predictions)
+        scores: dict[str, np.ndarray] = {}
+        for name, measure in (("f1", f1), ("exact_match", exact_match)):
+            values = [
+                np.nan if example in spoilt else 100.0 * max(measure(answers[example], text) for text in golds[example])
+                for example in sorted(answers)
+            ]
+            scores[name] = np.array(values)
+        return scores
+
+    def examples(self, split: Split) -> np.ndarray:
+        """The question, counted from 0, that each feature belongs to."""
+        return self._split(split).examples
 
     def answers(self, split: Split, predictions: Sequence[np.ndarray]) -> list[str]:
         """The best span of each question, over all of its features: no more than 30 tokens, all in the context."""
+        answers = self._answers(split, range(len(predictions)), predictions)
+        return [answers[example] for example in sorted(answers)]
+
+    def _answers(self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray]) -> dict[int, str]:
         import numpy as np
 
         made = self._split(split)
-        texts = [""] * len(made.contexts)
-        best = np.full(len(made.contexts), -np.inf)
-        for example, offsets, (starts, ends) in zip(made.examples, made.offsets, predictions, strict=True):
+        texts: dict[int, str] = {}
+        best: dict[int, float] = {}
+        for row, (starts, ends) in zip(features, predictions, strict=True):
+            example, offsets = int(made.examples[row]), made.offsets[row]
+            texts.setdefault(example, "")
             inside = np.flatnonzero(offsets[:, 0] >= 0)
             if not len(inside):
                 continue
             first, last = inside[0], inside[-1] + 1
             start, end, score = best_span(starts[first:last], ends[first:last])
-            if score > best[example]:
+            if score > best.get(example, -np.inf):
                 best[example] = score
                 texts[example] = made.contexts[example][offsets[first + start, 0] : offsets[first + end, 1]]
         return texts

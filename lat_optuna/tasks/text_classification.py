@@ -85,6 +85,7 @@ class Classification:
             split: sample_rows(part, sample.get(split), seed, f"{split}_rows") for split, part in rows.items()
         }
         self._features: dict[Split, datasets.Dataset] = {}
+        self._known_labels: dict[Split, np.ndarray] = {}
 
     def build_model(self, checkpoint: str) -> PreTrainedModel:
         """A classifier with the task's classes on the weights of ``checkpoint``, in fp32.
@@ -122,13 +123,31 @@ class Classification:
 
     def score(self, split: Split, predictions: Sequence[np.ndarray]) -> dict[str, float]:
         """Accuracy in percent; NaN if a logit is NaN, which would be class 0 otherwise."""
+        scores = self.score_examples(split, range(len(predictions)), predictions)
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+    def score_examples(
+        self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray]
+    ) -> dict[str, np.ndarray]:
+        """The metrics of some examples, one fp64 number each, whose means are what :meth:`score` gives.
+
+        Args:
+            split: Part of the data.
+            features: Rows of its features.
+            predictions: Their predictions.
+        """
         import numpy as np
 
         logits = np.stack(predictions)
-        labels = np.asarray(self.features(split)["labels"][:])
-        if np.isnan(logits).any():
-            return {"accuracy": float("nan")}
-        return {"accuracy": 100.0 * float(np.mean(logits.argmax(-1) == labels))}
+        right = 100.0 * (logits.argmax(-1) == self._labels(split)[np.asarray(features)])
+        return {"accuracy": np.where(np.isnan(logits).any(-1), np.nan, right)}
+
+    def _labels(self, split: Split) -> np.ndarray:
+        import numpy as np
+
+        if split not in self._known_labels:
+            self._known_labels[split] = np.asarray(self.features(split)["labels"][:])
+        return self._known_labels[split]
 
     def fingerprint(self, split: Split) -> str:
         """Sha256 of the split's tokens and labels, the classes and the metric."""
