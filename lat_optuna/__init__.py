@@ -12,6 +12,7 @@ from lat_optuna.length_config import LengthConfig
 
 if TYPE_CHECKING:
     from lat_optuna.flops import Architecture
+    from lat_optuna.latency import LatencyMeter, LatencyModel
     from lat_optuna.model import adapt, load, save
     from lat_optuna.search.evaluator import ModelEvaluator
     from lat_optuna.search.front import Front
@@ -25,6 +26,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Architecture",
     "Front",
+    "LatencyMeter",
+    "LatencyModel",
     "LengthAdaptation",
     "LengthAdaptiveTrainer",
     "LengthConfig",
@@ -41,6 +44,8 @@ __all__ = [
 _HOMES = {
     "Architecture": "flops",
     "Front": "search.front",
+    "LatencyMeter": "latency",
+    "LatencyModel": "latency",
     "LengthAdaptation": "trainer",
     "LengthAdaptiveTrainer": "trainer",
     "LengthConfigSampler": "search.sampler",
