@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -115,8 +116,11 @@ def make_plan(
         attention_mask: (batch, tokens), zero where an input is padding; ``None`` where nothing is.
 
     Returns:
-        The plan. With an attention mask the device is synchronised once, else never.
+        The plan. With an attention mask the device is synchronised once, else never. Under ``torch.export`` the
+        widths are symbols that the graph computes from the mask of its input.
     """
+    if torch.compiler.is_exporting():
+        return _symbolic_plan(config, skip_layers, tokens, attention_mask)
     runs = [layer for layer in range(layers) if layer not in skip_layers]
     if attention_mask is None:
         lengths = (tokens,) * layers if config is None else config.at_length(tokens)
@@ -156,6 +160,35 @@ def make_plan(
     return Plan(tuple(steps), tokens, real, tuple(copies))  # type: ignore[arg-type]
 
 
+def _symbolic_plan(
+    config: LengthConfig | None, skip_layers: Collection[int], tokens: int, attention_mask: torch.Tensor | None
+) -> Plan:
+    """The plan of a graph for batches of any shape: what is known before the input is which layers may drop.
+
+    A layer that may drop always runs as one that does, also on an input that is so short that it keeps everything.
+
+    Raises:
+        ValueError: There is no attention mask, no configuration, or a layer is skipped.
+    """
+    if config is None or skip_layers or attention_mask is None:
+        raise ValueError("an exported model needs a length configuration, an attention_mask, and all of its layers")
+    real = attention_mask != 0
+    n = real.sum(-1).clamp(min=1)
+    counts = _at_lengths(config, n)
+    steps: list[Step] = []
+    width, source = tokens, None
+    for layer, (before, length) in enumerate(zip((config.max_length, *config.lengths), config.lengths, strict=False)):
+        drops = length < before
+        if drops:
+            width = cast(int, counts[layer].amax(0).item())
+            # 1 is possible too; but tracing takes rows of 1 for a case of its own, and the graph is the same.
+            torch._check(width >= 2)
+            torch._check(width <= tokens)
+        steps.append(Step(True, drops, width, True, source))
+        source = layer if drops else source
+    return Plan(tuple(steps), tokens, real, tuple(counts.unbind()))
+
+
 def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) -> Plan:
     """The plan of a batch without padding: no tensor, no synchronisation."""
     steps: list[Step] = []
@@ -172,8 +205,8 @@ def _at_lengths(config: LengthConfig, n: torch.Tensor) -> torch.Tensor:
     """``LengthConfig.at_length`` for a batch: (batch,) token counts to (layers, batch), in exact integers."""
     lengths = torch.tensor(config.lengths, device=n.device)[:, None]
     if config.retention == "relative":
-        # Ceiling division, as floor division is the one that torch has.
-        kept = torch.div(lengths * n + (config.max_length - 1), config.max_length, rounding_mode="floor")
+        # Ceiling division, as floor division is the one that torch has. (`torch.div` would go through floats in ONNX.)
+        kept = (lengths * n + (config.max_length - 1)) // config.max_length
     else:
         kept = lengths.expand(-1, len(n))
     return torch.minimum(kept.clamp(min=MIN_LENGTH), n)
