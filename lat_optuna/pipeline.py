@@ -62,6 +62,14 @@ def make_task(spec: StudySpec) -> Task:
         from lat_optuna.tasks.question_answering import QuestionAnswering
 
         return QuestionAnswering(checkpoint, seed=spec.training.seed, **settings)
+    if spec.task.type == "token_classification":
+        from lat_optuna.tasks.token_classification import TokenClassification
+
+        return TokenClassification(checkpoint, seed=spec.training.seed, **settings)
+    if spec.task.type == "stdlib_code":
+        from lat_optuna.tasks.stdlib_code import StdlibCode
+
+        return StdlibCode(checkpoint, seed=spec.training.seed, **settings)
     from lat_optuna.tasks.stdlib_docs import StdlibDocs
 
     return StdlibDocs(checkpoint, seed=spec.training.seed, **settings)

@@ -75,6 +75,35 @@ class QuestionAnsweringSpec(_Section):
     test_rows: int | None = Field(default=None, ge=1)
 
 
+class TokenClassificationSpec(_Section):
+    """See :class:`lat_optuna.tasks.token_classification.TokenClassification`."""
+
+    type: Literal["token_classification"]
+    data: DataSpec
+    subset: str | None = None
+    tokens_column: str = "tokens"
+    tags_column: str = "ner_tags"
+    label_names: tuple[str, ...] | None = None
+    max_length: int = Field(default=128, ge=8)
+    train_split: str = "train"
+    validation_split: str = "validation"
+    train_rows: int | None = Field(default=None, ge=1)
+    validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+
+
+class StdlibCodeSpec(_Section):
+    """See :class:`lat_optuna.tasks.stdlib_code.StdlibCode`."""
+
+    type: Literal["stdlib_code"]
+    max_length: int = Field(default=192, ge=8)
+    train_rows: int | None = Field(default=None, ge=1)
+    validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+
+
 class StdlibDocsSpec(_Section):
     """See :class:`lat_optuna.tasks.stdlib_docs.StdlibDocs`."""
 
@@ -86,7 +115,10 @@ class StdlibDocsSpec(_Section):
     test_rows: int | None = Field(default=None, ge=1)
 
 
-TaskSpec = Annotated[TextClassificationSpec | QuestionAnsweringSpec | StdlibDocsSpec, Field(discriminator="type")]
+TaskSpec = Annotated[
+    TextClassificationSpec | QuestionAnsweringSpec | TokenClassificationSpec | StdlibCodeSpec | StdlibDocsSpec,
+    Field(discriminator="type"),
+]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -307,6 +339,8 @@ def _explain(path: Path, values: Any, detail: Any) -> str:
 _TASKS: dict[str, type[BaseModel]] = {
     "text_classification": TextClassificationSpec,
     "question_answering": QuestionAnsweringSpec,
+    "token_classification": TokenClassificationSpec,
+    "stdlib_code": StdlibCodeSpec,
     "stdlib_docs": StdlibDocsSpec,
 }
 

@@ -91,7 +91,7 @@ def passages(library: Path | None = None) -> Mapping[Split, tuple[Passage, ...]]
     library = Path(sysconfig.get_path("stdlib")) if library is None else library
     kept: dict[str, Passage | None] = {}
     for area, modules in enumerate(AREAS.values()):
-        for path in sorted(_sources(library, modules.split())):
+        for path in sorted(sources(library, modules.split())):
             module = ".".join(path.relative_to(library).with_suffix("").parts)
             for definition, text in _docstrings(path):
                 for part in _cut(text):
@@ -104,7 +104,7 @@ def passages(library: Path | None = None) -> Mapping[Split, tuple[Passage, ...]]
     if not found:
         raise FileNotFoundError(f"{library} holds no sources of Python's standard library to read documentation from")
     found.sort(key=lambda passage: passage.source)
-    held_out = [_share(passage.source) < VALIDATION_SHARE for passage in found]
+    held_out = [fixed_share(passage.source) < VALIDATION_SHARE for passage in found]
     return {
         "train": tuple(passage for passage, out in zip(found, held_out, strict=True) if not out),
         "validation": tuple(passage for passage, out in zip(found, held_out, strict=True) if out),
@@ -163,7 +163,8 @@ class StdlibDocs(Classification):
         )
 
 
-def _sources(library: Path, modules: list[str]) -> Iterator[Path]:
+def sources(library: Path, modules: list[str]) -> Iterator[Path]:
+    """The source files of some modules of the standard library, test suites left out."""
     for module in modules:
         if (file := library / f"{module}.py").is_file():
             yield file
@@ -212,6 +213,6 @@ def _cut(text: str) -> Iterator[str]:
         passage = passage + piece
 
 
-def _share(source: str) -> float:
+def fixed_share(source: str) -> float:
     """A fixed number in [0, 1) for a name, the same on every machine and in every version."""
     return int.from_bytes(hashlib.sha256(source.encode()).digest()[:8], "big") / 2**64
