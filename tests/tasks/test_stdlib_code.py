@@ -23,6 +23,7 @@ CODE = '''
 """Documentation is left out."""
 from os import path as p
 import sys
+import re, json, math, time, string, token
 
 @cache.wrap(limit=3)  # and so are comments
 def grow(tree, *rest, by: int = one, **more):
@@ -31,14 +32,15 @@ def grow(tree, *rest, by: int = one, **more):
     tree.height = taller
     for branch in tree.branches(sys.depth):
         try:
-            plant(branch, where=taller, "a string that is longer than sixteen")
+            plant(branch, "a string that is longer than sixteen", where=taller)
         except nature.Error as error:
             raise Failure(error) from None
     return [leaf for leaf in rest if (lambda x: x)(leaf)]
 
 class Oak(Tree, metaclass=Meta):
-    size = 3
-'''.replace("where=taller, ", "").replace('longer than sixteen")', 'longer than sixteen", where=taller)')
+    size, leaves = 3, many
+    def fell(self): return self.size
+'''
 
 
 def roles_of(code):
@@ -75,7 +77,7 @@ def test_names_have_their_roles():
     assert found["nature"] == found["Error"] == found["Failure"] == ["exception"]
     assert found["error"] == ["variable assigned", "use of a local variable"]
     assert found["x"] == ["parameter", "use of a parameter"]
-    assert found["size"] == ["variable assigned"]
+    assert found["size"] == ["variable assigned", "attribute"]
 
 
 def test_what_tells_itself_what_it_is_has_no_role():
