@@ -174,6 +174,29 @@ def worker(study: Path, overrides: tuple[str, ...], storage: str | None, device:
     click.echo(ended, err=True)
 
 
+@main.group()
+def storage() -> None:
+    """The trials' database, for many machines."""
+
+
+@storage.command()
+@click.argument("url")
+@click.option("--host", default="localhost", show_default=True, help="Address to listen on; 0.0.0.0: all.")
+@click.option("--port", type=click.IntRange(1, 65535), default=13000, show_default=True)
+def serve(url: str, host: str, port: int) -> None:
+    """Stand Optuna's gRPC proxy in front of a database: workers then join with --storage grpc://HOST:PORT.
+
+    URL is postgresql://USER@HOST/DATABASE; give the password by PGPASSWORD or ~/.pgpass, not in the URL.
+    """
+    import signal
+
+    from lat_optuna.search.storage import redact, serve
+
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    click.echo(f"serving {redact(url)} at grpc://{host}:{port}; Ctrl-C ends it", err=True)
+    serve(url, host, port)
+
+
 @main.command()
 @_study_argument
 @click.option(

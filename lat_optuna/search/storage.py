@@ -9,8 +9,10 @@ import re
 import sqlite3
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +34,7 @@ BUSY_TIMEOUT = 60.0
 """Seconds that a SQLite connection waits for another one's write."""
 PATIENCE = 300.0
 """Seconds for which a lost connection is tried again."""
+PROXY_THREADS = 10
 TURN_SECONDS = 5.0
 """For how long one waits for one's turn before doing without."""
 FORMS = "sqlite:///FOLDER/study.db, postgresql://USER:PASSWORD@HOST/DATABASE or grpc://HOST:PORT"
@@ -44,7 +47,7 @@ def redact(text: str) -> str:
     return re.sub(r"(?i)\b(password|passwd|pwd)=[^&\s'\"]*", r"\1=***", text)
 
 
-def open_storage(url: str) -> BaseStorage:
+def open_storage(url: str, connections: int = 3) -> BaseStorage:
     """An Optuna storage for a URL, set up for many processes at once.
 
     SQLite gets WAL, ``synchronous=NORMAL``, a busy time-out of a minute, and ``BEGIN IMMEDIATE``: a transaction that
@@ -53,6 +56,8 @@ def open_storage(url: str) -> BaseStorage:
     Args:
         url: ``sqlite:///...`` (the folder is created), ``postgresql://...`` or ``grpc://host:port``. Other databases
             that SQLAlchemy knows may work and are not promised.
+        connections: To a database server, at most and beside two more. A worker talks from two threads, its loop and
+            its sign of life, and holds its turn on a third connection.
 
     Raises:
         ValueError: The URL is malformed or names something that cannot serve as a study's storage.
@@ -73,21 +78,31 @@ def open_storage(url: str) -> BaseStorage:
         raise ValueError(f"{redact(url)!r} is not a storage URL; write {FORMS}") from None
     if scheme == "sqlite":
         return _open_sqlite(parsed)
-    return _open_server(parsed, scheme)
+    return _open_server(parsed, scheme, connections)
 
 
 def serve(url: str, host: str = "localhost", port: int = 13000) -> None:
     """Run Optuna's gRPC proxy in front of a database until it is interrupted.
 
     Args:
-        url: The database; one that workers could use directly.
+        url: The database: PostgreSQL, or a SQLite file of this machine.
         host: Address to listen on.
         port: Port to listen on.
+
+    Raises:
+        ValueError: The URL names another proxy, or cannot serve; see :func:`open_storage`.
+        OSError: The database does not answer, or the address cannot be listened on.
     """
     if url.startswith("grpc://"):
         raise ValueError("a gRPC proxy serves a database, not another proxy; give it postgresql://...")
     _need("grpc", "grpcio protobuf", "a gRPC proxy")
-    optuna.storages.run_grpc_proxy_server(open_storage(url), host=host, port=port)
+    backend = open_storage(url, connections=PROXY_THREADS)
+    with ThreadPoolExecutor(PROXY_THREADS) as threads, warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            optuna.storages.run_grpc_proxy_server(backend, host=host, port=port, thread_pool=threads)
+        except RuntimeError as error:  # what grpc says of a port that it cannot listen on
+            raise OSError(f"cannot listen on {host}:{port}: {' '.join(str(error).split())}") from None
 
 
 def retrying(call: Callable[[], Result], patience: float = PATIENCE, what: str = "the storage") -> Result:
@@ -289,7 +304,7 @@ def network_file_system(path: Path) -> str | None:
     return None
 
 
-def _open_server(url: sqlalchemy.URL, scheme: str) -> BaseStorage:
+def _open_server(url: sqlalchemy.URL, scheme: str, connections: int) -> BaseStorage:
     shown = url.render_as_string(hide_password=True)
     arguments: dict[str, Any] = {"pool_pre_ping": True}
     if scheme in ("postgresql", "postgres"):
@@ -297,8 +312,7 @@ def _open_server(url: sqlalchemy.URL, scheme: str) -> BaseStorage:
             driver = "psycopg2" if importlib.util.find_spec("psycopg2") else "psycopg"
             _need(driver, "'lat-optuna[postgres]'", shown)
             url = url.set(drivername=f"postgresql+{driver}")
-        # A worker talks from two threads, its loop and its sign of life, and waits for its turn beside that.
-        arguments |= {"pool_size": 3, "max_overflow": 2, "connect_args": {"connect_timeout": 10}}
+        arguments |= {"pool_size": connections, "max_overflow": 2, "connect_args": {"connect_timeout": 10}}
     try:
         storage = _create(url.render_as_string(hide_password=False), arguments)
     except (ImportError, sqlalchemy.exc.NoSuchModuleError) as error:
@@ -318,7 +332,9 @@ def _open_grpc(url: str) -> BaseStorage:
     if not parts.hostname or port is None:
         raise ValueError(f"{redact(url)!r} is not a storage URL; write grpc://HOST:PORT")
     _need("grpc", "grpcio protobuf", url)
-    storage = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=port)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=port)
     try:
         storage.wait_server_ready(timeout=10)
     except ConnectionError:

@@ -10,11 +10,11 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -423,8 +423,8 @@ class Ledger:
         """See what has changed; returns the slot to claim now, if there is one.
 
         Args:
-            alone: Whether nobody else claims at the same time. Otherwise one of the next free slots is drawn, so that
-                few who look at the same time take the same. (A lone worker sees no others and takes the first.)
+            alone: Whether nobody else claims at the same time. Otherwise any free slot of the generation is drawn, so
+                that few who look at the same time take the same. (A lone worker sees no others and takes the first.)
         """
         self.refresh()
         self._end_dead_trials()
@@ -433,13 +433,16 @@ class Ledger:
             self.standing = "done"
             return None
         self._check_failures()
-        free = self._free_slots(1 if alone else 1 + len(self._live))
-        if not free:
+        free = self._free_slots()
+        first = next(free, None)
+        if first is None:
             return None
-        slots = self.plan.slots_of(self.plan.generation_of(free[0]))
+        slots = self.plan.slots_of(self.plan.generation_of(first))
         if self.reproducible and self._first_open < slots.start:
             return None
-        return random.choice([slot for slot in free if slot in slots])
+        if alone or not self._live:
+            return first
+        return random.choice([first, *takewhile(lambda slot: slot in slots, free)])
 
     def _propose(self, slot: int) -> Proposal | None:
         live = {config.lengths for config in map(self.config_of, self._live.values()) if config is not None}
@@ -503,11 +506,11 @@ class Ledger:
             for other, trial in self._live.items()
         )
 
-    def _free_slots(self, most: int) -> list[int]:
-        """The first slots that nobody has finished or is at."""
-        slots = range(self._first_open, self.n_trials)
+    def _free_slots(self) -> Iterator[int]:
+        """The slots that nobody has finished or is at."""
         busy = {_slot(trial) for trial in self._live.values()}
-        return list(islice((slot for slot in slots if slot not in self._finished_slots and slot not in busy), most))
+        slots = range(self._first_open, self.n_trials)
+        return (slot for slot in slots if slot not in self._finished_slots and slot not in busy)
 
     def _check_failures(self) -> None:
         row = [number for number in self._failed if number > self._last_success and number >= self._since]
