@@ -23,6 +23,8 @@ import psutil
 import sqlalchemy
 from optuna.storages import BaseStorage
 
+from lat_optuna.search.rdb import LeanStorage
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -259,13 +261,13 @@ def _create(url: str, arguments: dict[str, Any]) -> optuna.storages.RDBStorage:
     """Connect; workers that find an empty database at the same time get in one another's way creating the tables."""
     for _ in range(20):
         try:
-            return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+            return LeanStorage(url, engine_kwargs=arguments)
         except (sqlalchemy.exc.DBAPIError, optuna.exceptions.StorageInternalError) as error:
             reason = _reason(error)
             if not any(sign in reason for sign in ("already exists", "duplicate key", "UNIQUE", "locked")):
                 raise
             time.sleep(random.uniform(0.05, 0.5))
-    return optuna.storages.RDBStorage(url, engine_kwargs=arguments)
+    return LeanStorage(url, engine_kwargs=arguments)
 
 
 def _prepare_sqlite(path: Path) -> None:

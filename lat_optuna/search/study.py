@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
 from hashlib import sha256
@@ -299,7 +300,6 @@ class Ledger:
         self._first_open = 0
         self._last_finished = 0
         self._done = 0
-        self._waiting = False
         self._failures_of: Counter[tuple[int, ...]] = Counter()
         self._last_success = -1
         self._failed: dict[int, str] = {}
@@ -402,14 +402,21 @@ class Ledger:
             OSError: The storage does not answer, or cannot be written.
         """
         while True:
-            # Whoever waits for others to finish looks without keeping those from their turns who have something to do.
-            if self._waiting and self._look() is None:
+            self.refresh()
+            self._end_dead_trials()
+            self._write_generations()
+            if self._first_open >= self.n_trials:
+                self.standing = "done"
                 return None
-            with turn(self._storage, self.study._study_id) as alone:
-                slot = self._look(alone)
-                self._waiting = slot is None
+            self._check_failures()
+            if self._next_slot() is None:
+                return None
+            with turn(self._storage, self.study._study_id) if self._live else nullcontext(True) as alone:
+                if self._live:
+                    self.refresh()
+                slot = self._next_slot(alone)
                 if slot is None:
-                    return None
+                    continue
                 proposal = self._propose(slot)
                 if proposal is None:
                     # A running trial may yet fail and give its configuration back.
@@ -419,20 +426,13 @@ class Ledger:
             if claim is not None:
                 return claim
 
-    def _look(self, alone: bool = True) -> int | None:
-        """See what has changed; returns the slot to claim now, if there is one.
+    def _next_slot(self, alone: bool = True) -> int | None:
+        """The slot to claim now, if there is one.
 
         Args:
             alone: Whether nobody else claims at the same time. Otherwise any free slot of the generation is drawn, so
                 that few who look at the same time take the same. (A lone worker sees no others and takes the first.)
         """
-        self.refresh()
-        self._end_dead_trials()
-        self._write_generations()
-        if self._first_open >= self.n_trials:
-            self.standing = "done"
-            return None
-        self._check_failures()
         free = self._free_slots()
         first = next(free, None)
         if first is None:
