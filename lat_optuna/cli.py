@@ -395,24 +395,30 @@ def _front(
             click.echo(summary.front_plot(front))
     else:
         click.echo(summary.front_text(front, baselines))
-    if point is None and not (as_json or as_csv):
-        click.echo(_lossless_line(front, baselines))
+    if not (as_json or as_csv):
+        if splits := summary.splits_line(front, baselines):
+            click.echo(splits)
+        if point is None:
+            click.echo(_lossless_line(front, baselines))
 
 
 def _lossless_line(front: Front, baselines: Baselines | None) -> str:
-    from lat_optuna.summary import without_loss
+    from lat_optuna.summary import REPORTING_SPLIT, Splits, without_loss
 
     dense = baselines.dense() if baselines else None
+    area = f"area under the front: {front.auc():.3f}"
     if dense is None:
-        return f"area under the front: {front.auc():.3f}"
+        return area
     standard = f"the standard model's {dense.metric:.2f} {front.metric}"
+    if (splits := Splits.of(front, baselines)).apart:
+        standard += f" ({splits.searched_name})"
     point = without_loss(front, baselines)
     if point is None:
-        return f"area under the front: {front.auc():.3f}; no point reaches {standard}"
-    return (
-        f"area under the front: {front.auc():.3f}; cheapest point without loss against {standard}: "
-        f"{point.cost:.3f}x FLOPs, {point.metric:.2f} ({point.text})"
-    )
+        return f"{area}; no point reaches {standard}"
+    line = f"{area}; cheapest point without loss against {standard}: {point.cost:.3f}x FLOPs, {point.metric:.2f}"
+    if point.reported is not None and dense.reported is not None:
+        line += f", and {point.reported:.2f} against {dense.reported:.2f} on the {REPORTING_SPLIT}"
+    return f"{line} ({point.text})"
 
 
 def _tell_notices(study: optuna.Study, front: Front, spec: StudySpec, prefix: str = "") -> None:

@@ -53,6 +53,8 @@ def annotate(
     save_note(study, note(study, baselines, front=front, n_trials=n_trials))
     few = replace(front, points=_spread(front.points, MOST_POINTS))
     drawn = {"front": figures.front_figure(few, baselines, trials=False)}
+    reported = figures.reported_figure(few, baselines)
+    drawn |= {"reported": reported} if reported else {}
     if front.points:
         drawn |= {"area-under-the-front": figures.auc_figure(front), "lengths": figures.lengths_figure(few)}
     if any("latency_ms" in point.extra for point in front.evaluated):
@@ -77,20 +79,26 @@ def note(study: optuna.Study, baselines: Baselines | None = None, *, front: Fron
         lines += [f"- Front: {len(front)} points, area under it {front.auc():.3f} %"]
     if front.low is not None:
         lines += [f"- Trained range: down to {front.low:.3f}× FLOPs; points below are extrapolated"]
+    splits = summary.Splits.of(front, baselines)
+    if line := summary.splits_line(front, baselines):
+        lines += [f"- Rows: {_plain(line)}"]
     lines += [f"- Objectives: {', '.join(map(_plain, objective_names(study)))}", ""]
     rows = summary.table(front, baselines)
     if rows:
         metric = _plain(front.metric)
-        lines += [f"| | {metric} (%) | FLOPs | change | trial | configuration |"]
-        lines += ["| --- | ---: | ---: | ---: | ---: | --- |"]
+        values = [f"{metric} (%), search", f"{metric} (%), validation"] if splits.apart else [f"{metric} (%)"]
+        heading = ["", *values, "FLOPs", "change", "trial", "configuration"]
+        lines += [f"| {' | '.join(heading)} |", f"| --- |{' ---: |' * (len(values) + 3)} --- |"]
     for row in rows:
         if row.metric is None or row.cost is None:
-            lines.append(f"| {row.name} | | | | | {_plain(row.note)} |")
+            lines.append(f"| {row.name} |{' |' * (4 + splits.apart)} {_plain(row.note)} |")
             continue
-        change = "" if row.change is None else f"{row.change:+.2f}"
-        number = "" if row.number is None else f"{row.number}"
-        config = "-".join(map(str, row.lengths)) or "dense"
-        lines.append(f"| {row.name} | {row.metric:.2f} | {row.cost:.3f}× | {change} | {number} | {config} |")
+        cells = [row.name, summary.with_error(row.metric, row.error)]
+        if splits.apart:
+            cells.append(summary.with_error(row.reported, row.reported_error))
+        cells += [f"{row.cost:.3f}×", "" if row.change is None else f"{row.change:+.2f}"]
+        cells += ["" if row.number is None else f"{row.number}", "-".join(map(str, row.lengths)) or "dense"]
+        lines.append(f"| {' | '.join(cells)} |")
     if not front.points:
         lines.append("No configuration has been evaluated yet.")
     return "\n".join(lines) + "\n"

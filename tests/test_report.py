@@ -7,6 +7,7 @@ import json
 import re
 import struct
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -16,10 +17,10 @@ import pytest
 from conftest import CHROMIUM
 from optuna.distributions import IntDistribution
 from rich.console import Console
-from stand_in_studies import LAYERS, LOW, MAX_LENGTH, baselines_of, front_of, stand_in_study
+from stand_in_studies import LAYERS, LOW, MAX_LENGTH, baselines_of, front_of, report_on_other_rows, stand_in_study
 
 from lat_optuna import figures, report, summary
-from lat_optuna.search.front import Baselines, Front, Measured, Point
+from lat_optuna.search.front import Baselines, Front, Measured, Point, standard_error
 from lat_optuna.search.front import auc as area_under
 
 BASELINES = baselines_of()
@@ -40,6 +41,14 @@ def front(study) -> Front:
     return front_of(study)
 
 
+@pytest.fixture(scope="module")
+def apart() -> tuple[Front, Baselines]:
+    """The front of a study whose search had a split of its own, and what it is compared with."""
+    study = stand_in_study(60)
+    report_on_other_rows(study)
+    return front_of(study), baselines_of(apart=True)
+
+
 # ---------------------------------------------------------------------- tables
 
 
@@ -48,16 +57,54 @@ def test_the_table_compares_with_the_standard_model(front):
     assert list(rows) == [
         "standard model, dense",
         "length-adaptive model, dense",
-        "most accurate point",
+        "best point",
         "cheapest point without loss",
         "smallest point",
     ]
     lossless = rows["cheapest point without loss"]
     assert lossless.cost == min(point.cost for point in front.evaluated if point.metric >= 87.0)
-    assert rows["most accurate point"].metric == max(point.metric for point in front.evaluated)
+    assert rows["best point"].metric == max(point.metric for point in front.evaluated)
     assert rows["smallest point"].cost == LOW
     for row in rows.values():
         assert row.change == pytest.approx(row.metric - 87.0)
+        assert row.error == pytest.approx(standard_error(row.metric, 872))
+        assert row.reported is None
+
+
+def test_figures_of_two_splits_stay_apart(apart):
+    front, baselines = apart
+    splits = summary.Splits.of(front, baselines)
+    assert splits == summary.Splits(apart=True, searched=2000, reported=872)
+    rows = {row.name: row for row in summary.table(front, baselines)}
+    lossless = rows["cheapest point without loss"]
+    # Chosen by the split that was searched on; what it is worth is said on the other.
+    assert lossless.cost == min(point.cost for point in front.points if point.metric >= 87.0)
+    assert lossless.reported == pytest.approx(lossless.metric - 1.5)
+    assert lossless.change == pytest.approx(lossless.reported - 86.0)
+    assert lossless.error == pytest.approx(standard_error(lossless.metric, 2000))
+    assert lossless.reported_error == pytest.approx(standard_error(lossless.reported, 872))
+    heading, first, *_ = summary.front_text(front, baselines).splitlines()
+    assert heading.split()[:4] == ["FLOPs", "search", "validation", "change"]
+    point = front.points[0]
+    assert first.split()[1:7:3] == [f"{point.metric:.2f}", f"{point.metric - 1.5:.2f}"]
+    assert summary.splits_line(front, baselines) == (
+        "search: accuracy on the search split, 2,000 examples, where points were chosen; "
+        "validation: on the validation split, 872 examples, which the search never saw"
+    )
+
+
+def test_a_study_that_is_not_yet_reported_says_no_more_than_it_knows(front):
+    baselines = baselines_of(apart=True)  # the standard model is measured first, the front when the search has ended
+    splits = summary.Splits.of(front, baselines)
+    assert (splits.apart, splits.searched, splits.reported) == (True, 2000, None)
+    (lossless,) = (row for row in summary.table(front, baselines) if row.name == "cheapest point without loss")
+    assert (lossless.reported, lossless.change) == (None, None)
+
+
+def test_a_metric_that_is_no_share_has_no_error_bars(front):
+    other = replace(front, metric="f1")
+    assert all(row.error is None for row in summary.table(other, BASELINES))
+    assert "± one standard error" not in [trace.name for trace in figures.front_figure(other, BASELINES).data]
 
 
 def test_the_table_says_when_nothing_is_without_loss(front):
@@ -66,7 +113,7 @@ def test_the_table_says_when_nothing_is_without_loss(front):
 
 
 def test_the_table_needs_neither_baselines_nor_points(front):
-    assert [row.name for row in summary.table(front)] == ["most accurate point", "smallest point"]
+    assert [row.name for row in summary.table(front)] == ["best point", "smallest point"]
     assert summary.table(Front.from_points([], "accuracy", 64)) == []
 
 
@@ -99,6 +146,38 @@ def test_the_plot_of_characters_rises_from_left_to_right(front):
 # ---------------------------------------------------------------------- figures
 
 
+def test_reported_values_have_a_figure_of_their_own(front, apart):
+    assert figures.reported_figure(front, BASELINES) is None
+    chosen, baselines = apart
+    figure = figures.reported_figure(chosen, baselines)
+    points = trace(figure, "points of the front (± one standard error)")
+    assert list(points.y) == [point.reported for point in chosen.points]
+    assert list(points.error_y.array) == [standard_error(point.reported, 872) for point in chosen.points]
+    assert points.mode == "markers"
+    curve = trace(figure, "standard model, constant ratio")
+    assert list(curve.y)[::-1] == [point.reported for point in baselines.standard]
+    assert figure.layout.yaxis.title.text == "accuracy (%), validation split"
+    searched = figures.front_figure(chosen, baselines)
+    assert searched.layout.yaxis.title.text == "accuracy (%), search split"
+    assert list(trace(searched, "Pareto front").y) == [point.metric for point in chosen.points]
+    assert set(figures.study_figures(chosen, baselines)) == {"front", "reported", "auc", "lengths"}
+
+
+def test_a_band_shows_the_standard_error(front):
+    low, high = (t for t in figures.front_figure(front, BASELINES).data if t.name == "± one standard error")
+    for point, below, above in zip(front.points, low.y, high.y, strict=True):
+        assert above - point.metric == pytest.approx(standard_error(point.metric, 872), abs=1e-3)
+        assert point.metric - below == pytest.approx(standard_error(point.metric, 872), abs=1e-3)
+
+
+def test_of_very_many_trials_some_are_drawn():
+    front = front_of(stand_in_study(1500))
+    beaten = len(front.evaluated) - len(front)
+    drawn = figures.front_figure(front).data[0]
+    assert len(drawn.x) <= figures.MOST_TRIALS < beaten
+    assert drawn.name == f"other trials ({len(drawn.x):,} of {beaten:,})"
+
+
 def trace(figure: go.Figure, name: str) -> go.Scatter:
     (found,) = (trace for trace in figure.data if trace.name == name)
     return found
@@ -117,7 +196,8 @@ def test_the_front_figure_shows_the_front_all_trials_and_both_models(front):
         shown = trace(figure, f"{name} model, constant ratio")
         assert sorted(shown.y, reverse=True) == [point.metric for point in curve]
     assert figure.layout.xaxis.title.text == "FLOPs relative to the dense model"
-    assert figure.layout.yaxis.title.text == "accuracy (%)"
+    assert figure.layout.yaxis.title.text == "accuracy (%), validation split"
+    assert figures.front_figure(front).layout.yaxis.title.text == "accuracy (%)"  # nobody says which split
 
 
 def test_extrapolated_points_are_drawn_apart(study):
@@ -179,7 +259,7 @@ def test_figures_become_pictures(front, tmp_path, chromium, monkeypatch):
     assert [path.name for path in paths] == ["front.svg", "auc.svg"]
     root = ElementTree.parse(paths[0]).getroot()
     texts = {element.text for element in root.iter("{http://www.w3.org/2000/svg}text")}
-    assert {"FLOPs relative to the dense model", "accuracy (%)"} <= texts
+    assert {"FLOPs relative to the dense model", "accuracy (%), validation split"} <= texts
     (png,) = figures.export_figures({"front": drawn["front"]}, tmp_path, "png")
     assert png.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert struct.unpack(">II", png.read_bytes()[16:24]) == (1800, 1120)
@@ -245,7 +325,8 @@ def test_the_page_holds_everything_and_loads_nothing(study, front, tmp_path):
     assert data_of(page)["lossless"] == front.points.index(lossless)
     for fact in ("training 42, search 0", "2 workers", "real lengths", "5 s", f"torch {report._versions()['torch']}"):
         assert fact in page
-    assert "Standard error of an accuracy over 872 examples: 1.14 points" in page
+    assert "Measured on the validation split, 872 examples. Standard error: 1.02 points at the best point" in page
+    assert "its points flatter themselves" in page
     assert [p.name for p in tmp_path.iterdir()] == ["r.html"]
 
 
@@ -272,7 +353,7 @@ def test_word_pieces_join_and_dropped_ones_fade(study, tmp_path):
 @pytest.mark.parametrize("baselines", [None, BASELINES, Baselines("accuracy", standard=(Measured(99.0),))])
 def test_a_page_needs_no_baselines(study, tmp_path, baselines):
     page = report.write_report(tmp_path / "r.html", study, baselines).read_text()
-    assert data_of(page)["standard"] == (baselines.dense().metric if baselines else None)
+    assert ('id="tile-change"' in page) == (baselines is not None)
 
 
 def test_an_empty_study_has_a_page_that_says_so(tmp_path):
@@ -341,17 +422,20 @@ def test_the_budget_chooses_the_point(page_file, front, browse):
             page.fill("#budget", str(budget))
             point = front.pick(budget=budget)
             assert page.text_content("#chosen-config") == point.text
-            assert page.text_content("#chosen-metric") == f"{point.metric:.2f} %"
-            assert page.text_content("#chosen-cost") == f"{point.cost:.3f}×"
+            assert page.text_content("#tile-metric") == f"{point.metric:.2f} %"
+            assert page.text_content("#tile-metric-error") == f"± {standard_error(point.metric, 872):.2f}"
+            assert page.text_content("#tile-cost") == f"{point.cost:.3f}×"
             bars = page.locator("#bars b").all_text_contents()
             assert bars == [str(length) for length in point.lengths]
             assert page.text_content("#command") == f"lat-optuna front s.yaml --budget {budget}"
             assert f'load("runs/s", budget={budget})' in page.text_content("#python")
-            ring = page.evaluate("document.getElementById('figure-front').data.at(-1)")
-            assert (ring["x"], ring["y"]) == ([point.cost], [point.metric])
+            page.wait_for_selector("#figure-front .main-svg")
+            ring = page.evaluate("document.getElementById('figure-front').layout.shapes.at(-1)")
+            assert (ring["xanchor"], ring["yanchor"], ring["visible"]) == (point.cost, point.metric, True)
 
         page.fill("#budget", page.get_attribute("#budget", "min"))
         assert page.is_hidden("#choice")
+        assert not page.evaluate("document.getElementById('figure-front').layout.shapes.at(-1).visible")
         assert f"The smallest costs {front.points[0].cost:.4f}×" in page.text_content("#no-point")
         page.click("[data-pick=smallest]")
         assert page.is_visible("#choice")
@@ -364,6 +448,7 @@ def test_the_budget_chooses_the_point(page_file, front, browse):
 def test_a_clicked_point_is_chosen_and_its_command_means_it(page_file, front, browse):
     with browse(color_scheme="dark") as page:
         page.goto(page_file.as_uri())
+        page.wait_for_selector("#figure-front .main-svg")
         for index, point in enumerate(front.points):
             page.evaluate(
                 """index => {
@@ -390,9 +475,11 @@ def test_a_clicked_point_is_chosen_and_its_command_means_it(page_file, front, br
 def test_figures_are_drawn_and_fit_a_phone(page_file, browse):
     with browse(viewport={"width": 360, "height": 740}) as page:
         page.goto(page_file.as_uri())
+        page.wait_for_selector("#figure-front .main-svg")
         titles = page.locator("#figure-front .xtitle, #figure-front .ytitle").all_text_contents()
-        assert titles == ["FLOPs relative to the dense model", "accuracy (%)"]
-        for name in ("auc", "lengths"):
+        assert titles == ["FLOPs relative to the dense model", "accuracy (%), validation split"]
+        for name in ("auc", "lengths"):  # drawn when one gets there
+            page.locator(f"#figure-{name}").scroll_into_view_if_needed()
             page.wait_for_selector(f"#figure-{name} .main-svg")
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
@@ -404,7 +491,34 @@ def test_an_empty_page_works(browse, tmp_path):
     with browse() as page:
         page.goto(path.as_uri())
         assert page.is_hidden("#chooser")
-        assert page.locator("#figure-front .main-svg").count() > 0
+        page.wait_for_selector("#figure-front .main-svg")
+
+
+@pytest.mark.browser
+def test_a_budget_can_be_chosen_before_any_figure_is_there(browse, apart, tmp_path):
+    front, baselines = apart
+    study = stand_in_study(60)
+    path = report.write_report(tmp_path / "r.html", study, baselines, front=front)
+    path.write_text(re.sub(r'(id="plotly">).*(</script>)', r"\1\2", path.read_text(), flags=re.DOTALL))
+    with browse(expected=["Plotly is not defined"]) as page:
+        page.goto(path.as_uri())
+        page.fill("#budget", "0.6")
+        point = front.pick(budget=0.6)
+        assert page.text_content("#chosen-config") == point.text
+        assert page.text_content("#tile-metric") == f"{point.metric:.2f} %"
+        assert page.text_content("#tile-reported") == f"{point.reported:.2f} %"
+        assert page.text_content("#tile-reported-error") == f"± {standard_error(point.reported, 872):.2f}"
+        assert page.text_content("#tile-change") == f"{point.reported - 86.0:+.2f}".replace("-", "−")
+
+
+@pytest.mark.browser
+def test_on_paper_all_figures_are_there(browse, page_file):
+    with browse(viewport={"width": 800, "height": 600}) as page:
+        page.goto(page_file.as_uri())
+        page.wait_for_selector("#figure-front .main-svg")
+        assert page.locator("#figure-lengths .main-svg").count() == 0
+        page.pdf()
+        assert page.locator("#figure-lengths .main-svg").count() > 0
 
 
 def test_a_point_that_costs_more_than_the_dense_model_is_no_obstacle(tmp_path):

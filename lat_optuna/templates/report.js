@@ -3,40 +3,79 @@
   const data = JSON.parse(document.getElementById("data").textContent);
   const points = data.points;
   const $ = (id) => document.getElementById(id);
-  const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"] };
+  const front = $("figure-front");
+  const ring = data.figures.front.layout.shapes?.length ?? 0; // the shape that marks the chosen point comes last
 
-  const drawn = [];
+  // ------------------------------------------------------------------ figures
+  const places = Object.fromEntries(Object.keys(data.figures).map((name) => [name, $("figure-" + name)]));
+  const drawn = new Set();
+  let chosen = null;
+
   function draw(name) {
-    const figure = data.figures[name];
-    const place = $("figure-" + name);
+    if (drawn.has(name)) return;
+    const { data: traces, layout } = data.figures[name];
+    const place = places[name];
     const narrow = place.clientWidth < 520;
-    if (narrow) figure.layout.legend = { ...figure.layout.legend, font: { size: 11 } };
-    figure.layout.font = { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13 };
-    Plotly.newPlot(place, figure.data, figure.layout, { ...config, displayModeBar: narrow ? false : "hover" });
-    drawn.push(place);
+    if (narrow) layout.legend = { ...layout.legend, font: { size: 11 } };
+    layout.font = { family: getComputedStyle(document.body).fontFamily, size: narrow ? 11 : 13 };
+    if (name === "front" && points.length) layout.shapes = [...(layout.shapes ?? []), mark()];
+    Plotly.newPlot(place, traces, layout, {
+      responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",
+      modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
+    });
+    drawn.add(name);
+    if (name === "front" && points.length) {
+      const frontTrace = traces.findIndex((trace) => trace.name === "Pareto front");
+      front.on("plotly_click", (event) => {
+        const hit = event.points.find((point) => point.curveNumber === frontTrace);
+        if (hit) pick(hit.pointIndex);
+      });
+    }
   }
-  // The front comes first, so that a budget can be chosen while the others are being drawn.
-  draw("front");
-  for (const name of Object.keys(data.figures)) if (name !== "front") setTimeout(draw, 0, name);
 
-  // A figure has a fixed width in print, whatever the window's.
-  addEventListener("beforeprint", () => resize({ width: 680 }));
+  // Plotly is nine tenths of this page. It is compiled when the page, with its budget, is on the screen, and a figure
+  // is drawn when it comes near.
+  function start() {
+    if (!globalThis.Plotly) {
+      const script = document.createElement("script");
+      script.textContent = $("plotly").textContent;
+      document.head.append(script);
+    }
+    draw("front");
+    const near = new IntersectionObserver((entries) => {
+      for (const entry of entries) {
+        if (!entry.isIntersecting) continue;
+        near.unobserve(entry.target);
+        draw(entry.target.id.replace("figure-", ""));
+      }
+    }, { rootMargin: "300px" });
+    for (const [name, place] of Object.entries(places)) if (!drawn.has(name)) near.observe(place);
+  }
+  addEventListener("DOMContentLoaded", () => requestAnimationFrame(() => setTimeout(start)));
+
+  // A figure has a fixed width in print, whatever the window's; and all of them are there.
+  addEventListener("beforeprint", () => {
+    start();
+    Object.keys(places).forEach(draw);
+    resize({ width: 680 });
+  });
   addEventListener("afterprint", () => resize({ width: null, autosize: true }));
   function resize(layout) {
-    for (const place of drawn) Plotly.relayout(place, layout);
+    for (const name of drawn) Plotly.relayout(places[name], layout);
   }
 
   if (!points.length) return;
 
   // ------------------------------------------------------------------ choosing
-  const front = $("figure-front");
   const slider = $("budget");
-  const ring = { mode: "markers", name: "chosen", showlegend: false, hoverinfo: "skip",
-    marker: { size: 20, symbol: "circle-open", color: "#d6336c", line: { width: 3 } } };
-  Plotly.addTraces(front, { ...ring, x: [points[0].cost], y: [points[0].metric] });
-  const ringIndex = front.data.length - 1;
 
-  // The best point that costs at most the budget: points lie in rising cost, and so in rising metric.
+  function mark() {
+    const around = { type: "circle", xsizemode: "pixel", ysizemode: "pixel", x0: -10, x1: 10, y0: -10, y1: 10 };
+    const { cost, metric } = points[chosen ?? 0];
+    return { ...around, xanchor: cost, yanchor: metric, visible: chosen !== null, line: { color: "#d6336c", width: 3 } };
+  }
+
+  // The best point that costs at most the budget: points lie in rising cost, and so in rising quality.
   const within = (budget) => points.findLastIndex((point) => point.cost <= budget + 1e-9);
 
   // The shortest number that, as a budget, means this point and no other.
@@ -57,23 +96,21 @@
   });
 
   function show(index, budget) {
+    chosen = index < 0 ? null : index;
     $("budget-shown").textContent = Number(budget.toFixed(6)) + "×";
     $("no-point").hidden = index >= 0;
     $("choice").hidden = index < 0;
-    Plotly.restyle(front, { visible: index >= 0 }, [ringIndex]);
+    if (drawn.has("front")) {
+      const { xanchor, yanchor, visible } = mark();
+      const shape = `shapes[${ring}].`;
+      Plotly.relayout(front, { [shape + "xanchor"]: xanchor, [shape + "yanchor"]: yanchor, [shape + "visible"]: visible });
+    }
     if (index < 0) {
       $("no-point").textContent = `No point costs that little. The smallest costs ${points[0].cost.toFixed(4)}×.`;
       return;
     }
     const point = points[index];
-    $("chosen-metric").textContent = point.metric.toFixed(2) + " %";
-    $("chosen-metric-name").textContent = data.metric;
-    $("chosen-cost").textContent = point.cost.toFixed(3) + "×";
-    $("chosen-change-tile").hidden = data.standard === null;
-    if (data.standard !== null) {
-      const change = point.metric - data.standard;
-      $("chosen-change").textContent = (change < 0 ? "−" : "+") + Math.abs(change).toFixed(2);
-    }
+    for (const [id, text] of Object.entries(point.tiles)) if ($("tile-" + id)) $("tile-" + id).textContent = text;
     $("chosen-config").textContent = point.text;
     $("chosen-origin").textContent = point.origin;
     point.lengths.forEach((length, layer) => {
@@ -84,7 +121,6 @@
     const text = String(Number(budget.toFixed(6)));
     $("command").textContent = data.command.replace("{budget}", text);
     $("python").textContent = data.python.replace("{budget}", text);
-    Plotly.restyle(front, { x: [[point.cost]], y: [[point.metric]] }, [ringIndex]);
   }
 
   function pick(index) {
@@ -103,10 +139,5 @@
     button.hidden = index === null;
     button.addEventListener("click", () => pick(index));
   }
-  const frontTrace = front.data.findIndex((trace) => trace.name === "Pareto front");
-  front.on("plotly_click", (event) => {
-    const hit = event.points.find((point) => point.curveNumber === frontTrace);
-    if (hit) pick(hit.pointIndex);
-  });
   pick(data.lossless ?? Math.max(0, within(0.5)));
 })();
