@@ -11,7 +11,7 @@ import urllib.request
 import optuna
 import pytest
 from optuna_dashboard import get_note
-from stand_in_studies import baselines_of, front_of, stand_in_study
+from stand_in_studies import baselines_of, front_of, report_on_other_rows, stand_in_study
 
 from lat_optuna import dashboard, summary
 from lat_optuna.search.front import Front
@@ -39,8 +39,24 @@ def test_the_note_says_what_was_run_and_what_came_out():
     assert "- seeds: training 42, search 0" in note
     lossless = summary.without_loss(front, BASELINES)
     (line,) = (line for line in note.splitlines() if line.startswith("| cheapest point without loss"))
-    assert f"| {lossless.metric:.2f} | {lossless.cost:.3f}× |" in line
+    assert f"| {lossless.metric:.2f} ± 1.14 | {lossless.cost:.3f}× |" in line
     assert line.endswith(f"| {lossless.number} | {lossless.text} |")
+
+
+def test_the_note_tells_both_splits_apart():
+    study = stand_in_study(60)
+    report_on_other_rows(study)
+    front, baselines = front_of(study), baselines_of(apart=True)
+    dashboard.annotate(study, baselines, front=front)
+    note = get_note(study)
+    assert "- Rows: search: accuracy on the search split, 2,000 examples, where points were chosen; validation:" in note
+    assert "| | accuracy (%), search | accuracy (%), validation | FLOPs | change |" in note.replace("|  |", "| |")
+    lossless = summary.without_loss(front, baselines)
+    (line,) = (line for line in note.splitlines() if line.startswith("| cheapest point without loss"))
+    assert f"| {lossless.metric:.2f} ± 0.75 | {lossless.reported:.2f} ± 1.19 | {lossless.cost:.3f}× |" in line
+    assert set(figures_of(study)) == {"front", "reported", "area-under-the-front", "lengths"}
+    (points,) = (t for t in figures_of(study)["reported"]["data"] if t["name"].startswith("points of the front"))
+    assert points["y"] == [point.reported for point in front.points]
 
 
 def test_annotating_again_replaces_what_was_there():
@@ -194,7 +210,11 @@ def test_the_dashboard_shows_objectives_note_and_figures(served, browse):
         page.wait_for_selector("[id='user-defined-plot:lengths'] .xtitle", timeout=60_000)
         page.wait_for_selector("[id='user-defined-plot:front'] .xtitle", timeout=60_000)
         titles = page.locator("[id='user-defined-plot:front'] :is(.gtitle, .xtitle, .ytitle)").all_text_contents()
-        assert sorted(titles) == ["Accuracy against compute", "FLOPs relative to the dense model", "accuracy (%)"]
+        assert sorted(titles) == [
+            "Accuracy against compute",
+            "FLOPs relative to the dense model",
+            "accuracy (%), validation split",
+        ]
         assert page.locator("[id='user-defined-plot:area-under-the-front'] .ytitle").count() == 1
         assert page.get_by_text("flops_ratio").count() > 0
         page.goto(f"{base}/studies/1/note")
