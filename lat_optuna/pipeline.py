@@ -287,6 +287,7 @@ class MakeEvaluator:
         """The evaluator of the length-adaptive model (or of the standard one) on ``device``."""
         from lat_optuna.model import adapt, load
         from lat_optuna.search.evaluator import ModelEvaluator
+        from lat_optuna.search.racing import Racing
 
         folder = self.spec.standard_folder if self.standard else self.spec.adaptive_folder
         if not folder.is_dir():
@@ -298,6 +299,7 @@ class MakeEvaluator:
             split=self.split or self.spec.search_split,
             device=device,
             precision=search.precision,
+            racing=Racing() if self.spec.races and not self.standard and self.split is None else None,
             protocol="real" if search.retention == "relative" else "padded",
             retention=search.retention,
         )
@@ -516,6 +518,7 @@ def _search_of(spec: StudySpec) -> Search:
         make_plan=partial(make_plan, spec),
         n_trials=spec.search.n_trials,
         metric=spec.search.metric,
+        racing=spec.races,
         reproducible=spec.search.reproducible,
     )
 

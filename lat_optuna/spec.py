@@ -162,6 +162,8 @@ class SearchSpec(_Section):
         sampler: Who draws configurations: ``paper`` is its evolutionary search, the others are Optuna's.
         metric: What the search selects by, on the search split: ``metric``, the task's own that people see, or
             ``probability``, the mean probability of the right answers, which is smoother.
+        racing: Abandon configurations that cannot join the front before they have seen all examples, at a chance of at
+            most 1 % of losing one that could; see :class:`lat_optuna.search.racing.Racing`. Not with Optuna's samplers.
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
     """
 
@@ -173,6 +175,7 @@ class SearchSpec(_Section):
     num_crossovers: int = Field(default=30, ge=0)
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
     metric: Literal["metric", "probability"] = "metric"
+    racing: bool = True
     max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -185,7 +188,7 @@ class SearchSpec(_Section):
         return PAPER | values if isinstance(values, dict) and values.get("preset") == "paper" else values
 
 
-PAPER: dict[str, Any] = {"sampler": "paper"}
+PAPER: dict[str, Any] = {"sampler": "paper", "racing": False}
 """What ``preset: paper`` sets in the section ``search``, where the study file does not say otherwise."""
 
 
@@ -221,6 +224,11 @@ class StudySpec(_Section):
         Then ``validation`` is for reporting alone.
         """
         return "validation" if self.task.search_rows is None else "search"
+
+    @property
+    def races(self) -> bool:
+        """Whether configurations may be abandoned: Optuna's own samplers need to see everything's values."""
+        return self.search.racing and self.search.sampler == "paper"
 
     @property
     def standard_folder(self) -> Path:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from lat_optuna.search.racing import Racing, Rival
     from lat_optuna.tasks import Split, Task
 
 EVALUATION = "1"
@@ -37,12 +38,15 @@ class Evaluation:
         cost: FLOPs of the configuration divided by those of the dense model on the same inputs.
         seconds: Wall time of the evaluation.
         details: Further figures of the same pass, by name (F1 beside EM, say).
+        by_example: What the metric and some of the details are the means of, example by example; empty where it was
+            not asked for.
     """
 
     metric: float
     cost: float
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
+    by_example: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def score(self, name: str) -> float:
         """What a search that selects by ``name`` sees: the metric for ``"metric"``, else one of the details.
@@ -56,6 +60,23 @@ class Evaluation:
             there = ", ".join(["metric", *self.details])
             raise ValueError(f"the search selects by {name!r}, but the task measures {there}; set search.metric")
         return self.details[name]
+
+
+@dataclass(frozen=True)
+class Abandoned:
+    """What was seen of a configuration that cannot join the front.
+
+    Attributes:
+        examples: How many examples it was measured on.
+        metric: The task's metric on these.
+        details: Further figures, likewise.
+        seconds: Wall time.
+    """
+
+    examples: int
+    metric: float
+    details: Mapping[str, float]
+    seconds: float
 
 
 class Evaluator(Protocol):
@@ -74,6 +95,13 @@ class Evaluator(Protocol):
         """Measure one configuration (``None``: dense) on the whole evaluation set."""
         ...
 
+    def race(self, config: LengthConfig, rival: Rival) -> Evaluation | Abandoned:
+        """Measure one configuration as long as it may beat a point of the front.
+
+        Asked only of an evaluator that tells its evaluations ``by_example``.
+        """
+        ...
+
     def identity(self) -> Mapping[str, str]:
         """What makes values comparable: checkpoint hash, data fingerprint, protocol. Differing workers don't mix."""
         ...
@@ -90,13 +118,20 @@ class StandInEvaluator:
         max_length: ``l_0``.
         retention: As in :class:`LengthConfig`.
         sleep: Seconds that an evaluation pretends to take.
+        racing: When a configuration is abandoned; never without it.
     """
 
     metric_name = "accuracy"
 
     def __init__(
-        self, num_layers: int = 6, max_length: int = 128, retention: Retention = "relative", sleep: float = 0.0
+        self,
+        num_layers: int = 6,
+        max_length: int = 128,
+        retention: Retention = "relative",
+        sleep: float = 0.0,
+        racing: Racing | None = None,
     ) -> None:
+        self.racing = racing
         self.num_layers = num_layers
         self.max_length = max_length
         self.retention: Retention = retention
@@ -117,7 +152,28 @@ class StandInEvaluator:
             dropped = 1 - length / self.max_length
             metric -= 30.0 * dropped**2 / (self.num_layers + 3 * layer)
         metric += 0.2 * (sum((layer + 2) * length for layer, length in enumerate(lengths)) % 7) / 7
-        return Evaluation(round(metric, 6), self.cost(config), time.perf_counter() - start)
+        metric = round(metric, 6)
+        by_example = {} if self.racing is None else {"metric": self._by_example(metric)}
+        return Evaluation(metric, self.cost(config), time.perf_counter() - start, by_example=by_example)
+
+    def race(self, config: LengthConfig, rival: Rival) -> Evaluation | Abandoned:
+        """See :class:`Evaluator`."""
+        assert self.racing is not None
+        evaluation = self.evaluate(config)
+        ours, order = evaluation.by_example["metric"], self.racing.order(len(rival.scores))
+        for stop in self.racing.stops(len(rival.scores)):
+            seen = order[:stop]
+            if self.racing.is_lost(ours[seen] - rival.scores[seen], len(ours)):
+                return Abandoned(stop, float(ours[seen].mean()), {}, evaluation.seconds)
+        return evaluation
+
+    @staticmethod
+    def _by_example(metric: float, examples: int = 512) -> np.ndarray:
+        """Scores with this mean; those of two metrics differ by other amounts at every example."""
+        import numpy as np
+
+        waves = np.sin(np.arange(examples) * (1 + metric % 1))
+        return metric + 2 * (waves - waves.mean())
 
     def identity(self) -> Mapping[str, str]:
         """See :class:`Evaluator`."""
@@ -145,6 +201,8 @@ class ModelEvaluator:
             ``max_length``, as in the paper. Predictions are the same, and made without the padding.
         retention: Of all configurations; by default relative, or absolute where the protocol is ``"padded"``.
         precision: ``"bf16"`` is autocast.
+        racing: When a configuration is abandoned, and in which order examples are looked at then. Evaluations tell
+            their scores example by example. Without effect on a task that cannot (see :class:`lat_optuna.tasks.Task`).
 
     Raises:
         ValueError: An argument is not one of those named, or padded cost is asked for relative retention, where it has
@@ -161,7 +219,9 @@ class ModelEvaluator:
         protocol: EvaluationProtocol = "real",
         retention: Retention | None = None,
         precision: Precision = "fp32",
+        racing: Racing | None = None,
     ) -> None:
+        import numpy as np
         import torch
         from transformers.utils.generic import find_labels
 
@@ -198,15 +258,13 @@ class ModelEvaluator:
         self._answers = set(find_labels(type(model)))
         self._architecture = Architecture.of(model)
         self._dense_flops = self._flops(None)
-        self._batches: list[_Batch] = []
+        examples = getattr(task, "examples", None)
+        self._examples = np.arange(len(self._lengths)) if examples is None else np.asarray(examples(split))
+        self.num_examples = len(np.unique(self._examples))
+        self.racing = racing if hasattr(task, "score_examples") else None
+        self._chunks: list[_Chunk] = []
         self._costs: dict[LengthConfig | None, float] = {None: 1.0}
         self._known: dict[tuple[tuple[int, ...], ...], Evaluation] = {}
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples of the split: of questions, say, where one may have several features."""
-        examples = getattr(self.task, "examples", None)
-        return len(self._lengths) if examples is None else len(set(examples(self.split)))
 
     def on(self, split: Split) -> ModelEvaluator:
         """The same model, measured on another split."""
@@ -238,8 +296,32 @@ class ModelEvaluator:
         cost = self.cost(config)
         kept = self.kept(config)
         if kept not in self._known:
-            self._known[kept] = self._measure(config)
+            evaluation = self._measure(config)
+            assert isinstance(evaluation, Evaluation)
+            self._known[kept] = evaluation
         return replace(self._known[kept], cost=cost, seconds=time.perf_counter() - start)
+
+    def race(self, config: LengthConfig, rival: Rival) -> Evaluation | Abandoned:
+        """Measure ``config`` until all examples are seen, or until it is clear that it does not beat ``rival``.
+
+        Raises:
+            ValueError: The evaluator was made without racing, the rival's scores are of other data, or the
+                configuration is none of this model, task and retention.
+        """
+        start = time.perf_counter()
+        if self.racing is None or rival.scores.shape != (self.num_examples,):
+            raise ValueError(
+                f"a race on {self.num_examples} examples needs racing and a rival of as many, not of "
+                f"{len(rival.scores)}"
+            )
+        self._check(config)
+        kept = self.kept(config)
+        if kept not in self._known:
+            outcome = self._measure(config, rival)
+            if isinstance(outcome, Abandoned):
+                return replace(outcome, seconds=time.perf_counter() - start)
+            self._known[kept] = outcome
+        return replace(self._known[kept], cost=self.cost(config), seconds=time.perf_counter() - start)
 
     def kept(self, config: LengthConfig | None) -> tuple[tuple[int, ...], ...]:
         """Tokens kept by every layer at every length that occurs: where it is the same, so are the predictions."""
@@ -274,50 +356,101 @@ class ModelEvaluator:
             return float(flops(config, self.max_length))
         return sum(times * flops(config, n) for n, times in self._counts.items()) / len(self._lengths)
 
-    def _measure(self, config: LengthConfig | None) -> Evaluation:
+    def _measure(self, config: LengthConfig | None, rival: Rival | None = None) -> Evaluation | Abandoned:
         import torch
 
         while True:
             try:
-                scores = self._run(config)
-                break
+                return self._run(config, rival)
             except torch.OutOfMemoryError:
                 if self.tokens_per_batch <= max(self._lengths):  # a batch is one example already
                     raise
                 self.tokens_per_batch //= 2
             # Outside of the handler: the exception holds the frames, and those the tensors, of the failed attempt.
-            self._batches = []
+            self._chunks = []
             torch.cuda.empty_cache()
-        metric = scores.pop(self.metric_name)
-        return Evaluation(metric, cost=1.0, seconds=0.0, details=scores)
 
-    def _run(self, config: LengthConfig | None) -> dict[str, float]:
+    def _run(self, config: LengthConfig | None, rival: Rival | None) -> Evaluation | Abandoned:
+        import numpy as np
+
+        if not self._chunks:
+            self._chunks = list(self._make_chunks())
+        columns: dict[str, np.ndarray] = {}  # NaN where an example was not seen or has no such score
+        seen = np.zeros(self.num_examples, dtype=bool)
+        whole: dict[str, float] = {}
+        for number, chunk in enumerate(self._chunks, start=1):
+            predictions, log_probs = self._forward(config, chunk)
+            if hasattr(self.task, "score_examples"):
+                parts = dict(self.task.score_examples(self.split, chunk.features, predictions))
+            else:
+                parts, whole = {}, self.task.score(self.split, predictions)
+            if log_probs is not None:
+                parts["log_prob"] = _mean_by(chunk.owners, log_probs)
+                parts["probability"] = 100.0 * _mean_by(chunk.owners, np.exp(log_probs))
+            for name, values in parts.items():
+                columns.setdefault(name, np.full(self.num_examples, np.nan))[chunk.examples] = values
+            seen[chunk.examples] = True
+            if rival is not None and self.racing is not None and number < len(self._chunks):
+                name = self.metric_name if rival.metric == "metric" else rival.metric
+                if self.racing.is_lost((columns[name] - rival.scores)[seen], self.num_examples):
+                    metric, details = self._means(columns, seen, whole)
+                    return Abandoned(int(seen.sum()), metric, details, seconds=0.0)
+        metric, details = self._means(columns, seen, whole)
+        by_example = {}
+        if self.racing is not None:
+            names = {"metric": self.metric_name, "probability": "probability"}
+            by_example = {to: columns[name].astype(np.float32) for to, name in names.items() if name in columns}
+        return Evaluation(metric, cost=1.0, seconds=0.0, details=details, by_example=by_example)
+
+    def _means(
+        self, columns: Mapping[str, np.ndarray], seen: np.ndarray, whole: Mapping[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """The metric, and the details, of the examples that were seen."""
+        import numpy as np
+
+        means = dict(whole)
+        for name, values in columns.items():
+            values = values[seen]
+            if name in ("log_prob", "probability") and not np.isnan(values).all():
+                values = values[~np.isnan(values)]  # an example without a right answer just has no probability
+            means[name] = float(values.mean())
+        return means.pop(self.metric_name), means
+
+    def _forward(self, config: LengthConfig | None, chunk: _Chunk) -> tuple[list[np.ndarray], np.ndarray | None]:
+        """Predictions, and log-probabilities of the right answers, in the order of the chunk's features."""
+        import numpy as np
         import torch
 
-        if not self._batches:
-            self._batches = list(self._make_batches())
         reduced = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         with torch.inference_mode(), reduced, self.model.at(config):
             # All batches are under way before the first result is asked for: the device never waits for the host.
-            outputs = [self.model(**batch.inputs) for batch in self._batches]
+            outputs = [self.model(**batch.inputs) for batch in chunk.batches]
         log_probs = getattr(self.task, "log_probs", None)
-        predictions: list[np.ndarray | None] = [None] * len(self._lengths)
-        right: list[torch.Tensor] = []
-        for batch, output in zip(self._batches, outputs, strict=True):
-            for row, prediction in zip(batch.rows, self.task.predictions(output, batch.tensors), strict=True):
-                predictions[row] = prediction
+        predictions: dict[int, np.ndarray] = {}
+        right: dict[int, float] = {}
+        for batch, output in zip(chunk.batches, outputs, strict=True):
+            predictions.update(zip(batch.rows, self.task.predictions(output, batch.tensors), strict=True))
             if log_probs is not None:
-                right.append(log_probs(output, batch.tensors).cpu())
-        scores = self.task.score(self.split, predictions)  # type: ignore[arg-type]
-        if right:
-            joined = torch.cat(right).double()
-            scores["log_prob"] = float(joined.nanmean())
-            scores["probability"] = 100.0 * float(joined.exp().nanmean())
-        return scores
+                right.update(zip(batch.rows, log_probs(output, batch.tensors).cpu().tolist(), strict=True))
+        rows = chunk.features.tolist()
+        return [predictions[row] for row in rows], np.array([right[row] for row in rows]) if right else None
 
-    def _make_batches(self) -> Iterator[_Batch]:
+    def _make_chunks(self) -> Iterator[_Chunk]:
+        """Everything at once, or what lies between one look of a race and the next."""
+        import numpy as np
+
+        order, stops = np.arange(self.num_examples), [self.num_examples]
+        if self.racing is not None:
+            order, stops = self.racing.order(self.num_examples), self.racing.stops(self.num_examples)
+        for start, stop in zip([0, *stops], stops, strict=False):
+            examples = np.sort(order[start:stop])
+            features = np.flatnonzero(np.isin(self._examples, examples))
+            owners = np.searchsorted(examples, self._examples[features])
+            yield _Chunk(features, owners, examples, list(self._make_batches(features.tolist())))
+
+    def _make_batches(self, rows: list[int]) -> Iterator[_Batch]:
         """Longest examples first: what does not fit into memory shows at once."""
-        order = sorted(range(len(self._lengths)), key=lambda row: (-self._lengths[row], row))
+        order = sorted(rows, key=lambda row: (-self._lengths[row], row))
         start = 0
         while start < len(order):
             longest = self._lengths[order[start]]
@@ -338,6 +471,34 @@ class _Batch:
     rows: list[int]
     tensors: dict[str, torch.Tensor]
     inputs: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Examples that are looked at together.
+
+    Attributes:
+        features: Rows of the split's features, rising.
+        owners: Of each feature, the place of its example among ``examples``.
+        examples: The examples, rising.
+        batches: The features, as the model reads them.
+    """
+
+    features: np.ndarray
+    owners: np.ndarray
+    examples: np.ndarray
+    batches: list[_Batch]
+
+
+def _mean_by(owners: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Means of the values of each owner, those that are NaN apart; NaN for an owner without any."""
+    import numpy as np
+
+    there = ~np.isnan(values)
+    count = owners.max() + 1
+    sums = np.bincount(owners[there], values[there], count)
+    counts = np.bincount(owners[there], minlength=count)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
 def weights_hash(model: PreTrainedModel) -> str:

@@ -211,7 +211,7 @@ def points_of(study: optuna.Study) -> list[Point]:
 def seconds_of(trial: optuna.trial.FrozenTrial) -> float | None:
     """How long a trial's evaluation took, if it says so."""
     attrs = trial.user_attrs
-    seconds = (attrs.get("details") or attrs).get("seconds", attrs.get("seconds"))
+    seconds = (attrs.get("details") or attrs.get("pruned") or attrs).get("seconds", attrs.get("seconds"))
     return float(seconds) if isinstance(seconds, int | float) else None
 
 

@@ -27,13 +27,16 @@ from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from lat_optuna.length_config import LengthConfig, parameter_names
-from lat_optuna.search.evaluator import Evaluation, Evaluator
+from lat_optuna.search.evaluator import Abandoned, Evaluation, Evaluator
 from lat_optuna.search.foreign import make_plan
+from lat_optuna.search.racing import Rival, pack, unpack
 from lat_optuna.search.sampler import Candidate, Either, Fronts, Proposal, SearchPlan
 from lat_optuna.search.storage import PATIENCE, open_storage, reading, redact, retrying, turn
 
 LOST_CLAIM = "lost claim"
 HANDED_BACK = "handed back"
+SCORES = "scores"
+"""System attribute of trials that were on the front when they finished: scores example by example, for racing."""
 MAX_FAILURES_OF_CONFIG = 3
 MAX_FAILURES_IN_A_ROW = 10
 BEAT_SECONDS = 5.0
@@ -293,6 +296,7 @@ class Ledger:
         self._low = float(attrs["low"])
         self.metric: str = attrs.get("search_metric", "metric")
         self._metrics: dict[int, float] = {}
+        self._scores: dict[int, str] = {}
         self._read = 0
         self._live: dict[int, FrozenTrial] = {}
         self._finished_slots: set[int] = set()
@@ -352,6 +356,8 @@ class Ledger:
             marks = trial.user_attrs.get("marks", {})
             score = score_of(trial, self.metric)
             self._metrics[trial.number] = metric
+            if SCORES in trial.system_attrs:
+                self._scores[trial.number] = trial.system_attrs[SCORES]
             self._fronts.add(Candidate(slot, trial.number, config, score, cost, tuple(further), marks))
 
     def config_of(self, trial: FrozenTrial) -> LengthConfig | None:
@@ -532,9 +538,55 @@ class Ledger:
         if any(math.isnan(value) for value in (*values, score)):
             selected = "" if self.metric == "metric" else f", the {self.metric} {score}"
             return self.fail(claim, f"error: the metric is {evaluation.metric}{selected}, the cost {evaluation.cost}")
+        by_example = evaluation.by_example.get(self.metric)
+        if by_example is not None and self._is_on_front(score, evaluation.cost):
+            # Only for those that others may race against: about one trial in ten.
+            scores = pack(by_example)
+            try:
+                self._try(lambda: self._storage.set_trial_system_attr(claim.trial_id, SCORES, scores))
+            except UpdateFinishedTrialError:
+                return False
         # One attribute, since each is a transaction of its own.
         details = {"seconds": round(evaluation.seconds, 4), **evaluation.details}
         return self._end(claim.trial_id, None, {"details": details}, TrialState.COMPLETE, values)
+
+    def prune(self, claim: Claim, abandoned: Abandoned) -> bool:
+        """End a trial that cannot join the front; its attribute ``pruned`` says what was seen of it.
+
+        Returns:
+            Whether that was taken, as in :meth:`complete`.
+        """
+        seen = {
+            "examples": abandoned.examples,
+            "metric": abandoned.metric,
+            **abandoned.details,
+            "cost": self.plan.cost_of(claim.config),
+            "seconds": round(abandoned.seconds, 4),
+        }
+        return self._end(claim.trial_id, None, {"pruned": seen}, TrialState.PRUNED)
+
+    def _is_on_front(self, score: float, cost: float) -> bool:
+        # What finished since the last look can only make points leave the front: too many are taken for members.
+        return not any(one.cost <= cost and one.metric > score for one in self.front())
+
+    def rival(self, claim: Claim) -> Rival | None:
+        """The point of the front that a claimed configuration has to beat in a race.
+
+        Returns:
+            The best that costs no more; or ``None``: the configuration is of the initial population, which every front
+            is compared with, it is cheaper than the front, the point's scores are not known example by example, or
+            there are further objectives, in which the configuration may be better.
+        """
+        generation = self.plan.generation_of(claim.slot)
+        if generation == 0 or len(self.study.directions) > 2:
+            return None
+        front = self._fronts.before(generation) if self.reproducible else self.front()
+        cost = self.plan.cost_of(claim.config)
+        cheaper = [one for one in front if one.cost <= cost]
+        best = max(cheaper, key=lambda one: one.metric, default=None)
+        if best is None or best.number not in self._scores:
+            return None
+        return Rival(best.number, self.metric, unpack(self._scores[best.number]))
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """End a trial as failed; its slot is free again."""

@@ -21,7 +21,7 @@ from typing import Any
 
 import optuna
 
-from lat_optuna.search.evaluator import Evaluator
+from lat_optuna.search.evaluator import Evaluation, Evaluator
 from lat_optuna.search.sampler import SearchPlan
 from lat_optuna.search.storage import PATIENCE, open_storage
 from lat_optuna.search.study import (
@@ -113,6 +113,8 @@ class Search:
         make_plan: Called once in each worker, with its evaluator.
         n_trials: How many trials are to finish, earlier runs included.
         metric: What the search selects by, as in :meth:`Evaluation.score`.
+        racing: Abandon configurations that cannot join the front, where the evaluator tells its scores example by
+            example.
         reproducible: Propose only when all earlier generations are finished: the same trials with any number of
             workers.
         beat: Seconds between a worker's signs of life.
@@ -127,6 +129,7 @@ class Search:
     make_plan: MakePlan
     n_trials: int
     metric: str = "metric"
+    racing: bool = False
     reproducible: bool = False
     beat: float = BEAT_SECONDS
     grace: float = GRACE_SECONDS
@@ -180,7 +183,7 @@ def run_worker(
         heart = _Heart(ledger, search.beat, asked)
         heart.start()
         try:
-            return _work(ledger, evaluator, heart, asked, on_progress)
+            return _work(ledger, evaluator, search.racing, heart, asked, on_progress)
         except (KeyboardInterrupt, SystemExit):
             asked.leaving = True
             ledger.patience = 2.0
@@ -196,6 +199,7 @@ def run_worker(
 def _work(
     ledger: Ledger,
     evaluator: Evaluator,
+    racing: bool,
     heart: _Heart,
     asked: _Asked,
     on_progress: OnProgress | None,
@@ -216,15 +220,20 @@ def _work(
             continue
         pause = 0.05
         try:
-            evaluation = evaluator.evaluate(claim.config)
-            evaluation.score(ledger.metric)  # an evaluation without it has failed
+            rival = ledger.rival(claim) if racing else None
+            outcome = evaluator.evaluate(claim.config) if rival is None else evaluator.race(claim.config, rival)
+            if isinstance(outcome, Evaluation):
+                outcome.score(ledger.metric)  # an evaluation without it has failed
         except Exception as error:
             # One line for people; the traceback goes to workers' logs and to those who asked for more.
             wanted = logger.isEnabledFor(logging.INFO)
             logger.warning("trial %d (%s) failed: %s", claim.number, claim.config, _first_line(error), exc_info=wanted)
             ledger.fail(claim, f"error: {type(error).__name__}: {error}")
         else:
-            ledger.complete(claim, evaluation)
+            if isinstance(outcome, Evaluation):
+                ledger.complete(claim, outcome)
+            else:
+                ledger.prune(claim, outcome)
         heart.claim = None
     raise KeyboardInterrupt
 

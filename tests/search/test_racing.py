@@ -1,0 +1,221 @@
+"""Racing: what belongs on the front stays, what clearly does not is abandoned early, and searches stay exact."""
+
+from __future__ import annotations
+
+import numpy as np
+import optuna
+import pytest
+from tiny_text import questions, sentences, tiny_checkpoint, write_parquet
+
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.model import adapt
+from lat_optuna.search.evaluator import Abandoned, Evaluation, ModelEvaluator, StandInEvaluator
+from lat_optuna.search.racing import Racing, Rival, pack, unpack
+from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.study import Ledger, load_study
+from lat_optuna.search.worker import Search, launch, run_worker
+from lat_optuna.tasks.question_answering import QuestionAnswering
+from lat_optuna.tasks.text_classification import TextClassification
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def lost(racing: Racing, differences: np.ndarray) -> bool:
+    """Whether a race is lost at any look."""
+    order = racing.order(len(differences))
+    stops = racing.stops(len(differences))
+    return any(racing.is_lost(differences[order[:stop]], len(differences)) for stop in stops)
+
+
+def accuracy(rng, examples, better, worse):
+    """Differences of two models' right and wrong answers."""
+    changed = rng.permutation(examples)[: better + worse]
+    differences = np.zeros(examples)
+    differences[changed[:better]], differences[changed[better:]] = 100.0, -100.0
+    return differences
+
+
+@pytest.mark.parametrize("kind", ["accuracy", "probability", "fewer, larger gains"])
+def test_what_is_barely_better_is_lost_in_one_of_a_hundred_orders_at_most(kind):
+    rng = np.random.default_rng(0)
+    examples = 2000
+    if kind == "accuracy":
+        differences = accuracy(rng, examples, better=26, worse=25)
+    elif kind == "probability":
+        differences = rng.standard_t(3, examples)
+        differences += 1e-6 - differences.mean()
+    else:
+        differences = np.full(examples, -0.5)
+        differences[: examples // 10] = 4.51
+    assert differences.mean() > 0
+    orders = 2000
+    count = sum(lost(Racing(seed=seed), differences) for seed in range(orders))
+    assert count <= 0.01 * orders + 3 * np.sqrt(0.01 * orders)  # three standard errors of the count
+
+
+def test_what_is_clearly_worse_is_abandoned_at_a_first_look_and_what_is_equal_is_not():
+    rng = np.random.default_rng(0)
+    racing = Racing()
+    worse = accuracy(rng, 2000, better=10, worse=200)
+    first = racing.stops(2000)[0]
+    assert racing.is_lost(worse[racing.order(2000)[:first]], 2000) or lost(racing, worse)
+    assert not lost(racing, np.zeros(2000))
+    assert not racing.is_lost(worse, 2000)  # all were seen: nothing is abandoned any more
+
+
+def test_looks_rise_to_all_examples_and_are_not_at_a_handful():
+    assert Racing().stops(2000) == [125, 250, 500, 1000, 1500, 2000]
+    assert Racing().stops(300) == [75, 150, 225, 300]
+    assert Racing().stops(40) == [40]
+    assert sorted(Racing().order(100)) == list(range(100))
+    assert list(Racing().order(100)) == list(Racing().order(100)) != list(Racing(seed=1).order(100))
+
+
+def test_scores_survive_packing():
+    scores = np.array([0.0, 100.0, 33.3333, np.nan, 99.999])
+    assert unpack(pack(scores)) == pytest.approx(scores, abs=0.001, nan_ok=True)
+    assert len(pack(np.tile([0.0, 100.0], 2000))) < 200
+
+
+# ---------------------------------------------------------------------- the evaluator
+
+
+@pytest.fixture(scope="module", params=["classification", "question answering"])
+def raced(request, tmp_path_factory):
+    """A task of 120 examples and an adapted model."""
+    folder = tmp_path_factory.mktemp("raced")
+    checkpoint = tiny_checkpoint(folder / "model")
+    if request.param == "classification":
+        write_parquet(folder / "validation.parquet", sentences(120, seed=2, longest=15))
+        task = TextClassification(checkpoint, folder, max_length=20, train_split=None)
+    else:
+        write_parquet(folder / "validation.parquet", questions(120, words=60))
+        task = QuestionAnswering(checkpoint, folder, max_length=40, stride=10, train_split=None)
+    return task, adapt(task.build_model(checkpoint))
+
+
+def test_a_race_that_is_run_to_its_end_gives_what_an_evaluation_gives(raced):
+    task, model = raced
+    config = LengthConfig((12, 9, 6), task.max_length)
+    plain = ModelEvaluator(model, task).evaluate(config)
+    evaluator = ModelEvaluator(model, task, racing=Racing())
+    whole = evaluator.evaluate(config)
+    assert whole.metric == pytest.approx(plain.metric)
+    assert whole.details == pytest.approx(plain.details, abs=1e-4)
+    assert np.mean(whole.by_example["metric"]) == pytest.approx(whole.metric)
+    assert np.nanmean(whole.by_example["probability"]) == pytest.approx(whole.details["probability"], abs=1e-4)
+    weak = Rival(0, "metric", np.zeros(evaluator.num_examples))
+    outcome = ModelEvaluator(model, task, racing=Racing()).race(config, weak)
+    assert isinstance(outcome, Evaluation)
+    assert (outcome.metric, outcome.details, outcome.cost) == (whole.metric, whole.details, whole.cost)
+
+
+def test_a_lost_race_is_abandoned_with_what_was_seen(raced):
+    task, model = raced
+    config = LengthConfig((12, 9, 6), task.max_length)
+    evaluator = ModelEvaluator(model, task, racing=Racing())
+    seen = []
+    hook = model.register_forward_pre_hook(lambda *call: seen.append(len(call[2]["input_ids"])), with_kwargs=True)
+    strong = Rival(0, "probability", np.full(evaluator.num_examples, 100.0))
+    outcome = evaluator.race(config, strong)
+    hook.remove()
+    assert isinstance(outcome, Abandoned)
+    first = Racing().stops(evaluator.num_examples)[0]
+    assert outcome.examples == first < evaluator.num_examples
+    assert sum(seen) < len(task.features("validation"))
+    scores = evaluator.evaluate(config).by_example
+    looked_at = Racing().order(evaluator.num_examples)[:first]
+    assert outcome.metric == pytest.approx(scores["metric"][looked_at].mean(), rel=1e-5)
+    assert outcome.details["probability"] == pytest.approx(np.nanmean(scores["probability"][looked_at]), rel=1e-5)
+    with pytest.raises(ValueError, match="a rival of as many, not of 7"):
+        evaluator.race(config, Rival(0, "metric", np.zeros(7)))
+
+
+# ---------------------------------------------------------------------- the search
+
+
+def make_evaluator(device, racing=True):
+    return StandInEvaluator(4, 64, racing=Racing() if racing else None)
+
+
+def make_plan(evaluator):
+    return SearchPlan(4, 64, p=0.3, num_initial=4, num_mutations=3, num_crossovers=3, cost=evaluator.cost)
+
+
+def search_in(folder, **changes) -> Search:
+    storage = f"sqlite:///{folder / 'study.db'}"
+    settings = {"n_trials": 40, "racing": True, "reproducible": True}
+    return Search(storage, "race", make_evaluator, make_plan, **(settings | changes))
+
+
+def trials_of(search: Search) -> list:
+    trials = load_study(search.storage, search.name).get_trials(deepcopy=False)
+    finished = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
+    return sorted(finished, key=lambda trial: trial.user_attrs["slot"])
+
+
+def outcome_of(trial) -> tuple:
+    pruned = {key: value for key, value in trial.user_attrs.get("pruned", {}).items() if key != "seconds"}
+    return trial.user_attrs["config"], trial.state.name, trial.values, pruned
+
+
+def test_a_search_abandons_what_cannot_join_its_front_and_counts_it(tmp_path):
+    search = search_in(tmp_path)
+    ended = run_worker(search)
+    assert (ended.standing, ended.done) == ("done", 40)
+    trials = trials_of(search)
+    pruned = [trial for trial in trials if trial.state.name == "PRUNED"]
+    assert pruned
+    assert all(trial.user_attrs["slot"] >= 4 for trial in pruned)  # the initial population is measured in full
+    stand_in = StandInEvaluator(4, 64)
+    complete = [trial for trial in trials if trial.state.name == "COMPLETE"]
+    for trial in pruned:
+        assert trial.values is None
+        assert not trial.intermediate_values
+        assert trial.user_attrs["pruned"]["examples"] < 512
+        full = stand_in.evaluate(LengthConfig.parse(trial.user_attrs["config"], 64))
+        assert any(other.values[0] >= full.metric and other.values[1] <= full.cost for other in complete)
+
+
+def test_a_race_with_several_workers_is_the_same_as_with_one(tmp_path):
+    alone, together = tmp_path / "one", tmp_path / "three"
+    alone.mkdir()
+    together.mkdir()
+    run_worker(search_in(alone))
+    launch(search_in(together), ["cpu"] * 3)
+    assert list(map(outcome_of, trials_of(search_in(alone)))) == list(map(outcome_of, trials_of(search_in(together))))
+
+
+def test_a_race_that_is_broken_off_goes_on_as_if_nothing_had_happened(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole.mkdir()
+    broken.mkdir()
+    run_worker(search_in(whole, reproducible=False))
+    for n_trials in (9, 23, 40):
+        run_worker(search_in(broken, reproducible=False, n_trials=n_trials))
+    assert list(map(outcome_of, trials_of(search_in(whole)))) == list(map(outcome_of, trials_of(search_in(broken))))
+
+
+def test_an_evaluator_that_cannot_race_measures_in_full(tmp_path):
+    from functools import partial
+
+    search = search_in(tmp_path)
+    run_worker(Search(**{**search.__dict__, "make_evaluator": partial(make_evaluator, racing=False)}))
+    assert {trial.state.name for trial in trials_of(search)} == {"COMPLETE"}
+
+
+def test_a_front_does_not_race_itself(tmp_path):
+    """A configuration cheaper than the whole front has no rival."""
+    search = search_in(tmp_path, n_trials=4)
+    run_worker(search)
+    study = load_study(search.storage, search.name)
+    ledger = Ledger(study, make_plan(make_evaluator("cpu")), 10)
+    claim = ledger.claim()
+    assert claim is not None
+    cheapest = LengthConfig((1, 1, 1, 1), 64)
+    assert ledger.rival(type(claim)(claim.trial_id, claim.number, claim.slot, cheapest)) is None
+    rival = ledger.rival(claim)
+    assert rival is not None
+    better = [one for one in ledger.front() if one.cost <= make_evaluator("cpu").cost(claim.config)]
+    assert rival.number == max(better, key=lambda one: one.metric).number
+    assert rival.scores.mean() == pytest.approx(study.trials[rival.number].values[0], abs=0.001)
