@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,10 +116,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/landscapes"))
     parser.add_argument("--name", help="of the files; the study's by default")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--trials", type=int, default=82)
+    parser.add_argument("--trials", type=int, default=62)
     parser.add_argument("--generation", type=int, default=20, help="trials a generation")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     spec = load_spec(arguments.study, arguments.set)
     task, model = pipeline.make_task(spec), load(spec.adaptive_folder)
     arguments.folder.mkdir(parents=True, exist_ok=True)
@@ -145,7 +148,10 @@ def main() -> None:
             num_crossovers=arguments.generation // 2,
             cost=evaluator.cost,
         )
-        done = search(plan, splits[split], score, arguments.trials)
+        try:
+            done = search(plan, splits[split], score, arguments.trials)
+        finally:
+            splits[split].save()
         picked = {str(ratio): pick(done, ratio)["lengths"] for ratio in RATIOS if ratio >= plan.lowest_cost}
         flat = {ratio: constant(plan, float(ratio)).lengths for ratio in picked}
         for lengths in (*picked.values(), *flat.values()):

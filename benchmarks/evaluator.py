@@ -1,0 +1,134 @@
+"""What an evaluation costs under the paper's protocol and under ours, part by part, side by side on one machine.
+
+The paper pads every input to ``max_length`` and computes attention eagerly in fp32. That side runs the rectangles that
+it would run: every example is given ``max_length`` tokens that count as real. The other sides run the same constant
+ratios at real lengths. Sides take turns; times are medians over the rounds, on one thread.
+
+    python benchmarks/evaluator.py studies/sst2-minilm.yaml --set output=runs/sst2-minilm --rows 512
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from lat_optuna import pipeline
+from lat_optuna.files import write_json
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.model import load
+from lat_optuna.search.evaluator import ModelEvaluator
+from lat_optuna.spec import load_spec
+
+RATIOS = (0.05, 0.12, 0.2, 0.3)
+PADDED_BATCH = 32
+
+
+class Part:
+    """A task with the first rows of a split alone."""
+
+    def __init__(self, task: Any, split: str, rows: int) -> None:
+        self._task, self._split, self._rows = task, split, rows
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("score_examples", "examples", "log_probs"):
+            raise AttributeError(name)
+        return getattr(self._task, name)
+
+    def features(self, split: str) -> Any:
+        """The first rows' features."""
+        whole = self._task.features(split)
+        return whole.select(range(min(self._rows, len(whole))))
+
+    def score(self, split: str, predictions: Any) -> dict[str, float]:
+        """Their metrics."""
+        scores = self._task.score_examples(split, range(len(predictions)), predictions)
+        return {name: float(values.mean()) for name, values in scores.items()}
+
+
+def padded(model: Any, task: Part, split: str) -> Callable[[LengthConfig], float | None]:
+    """An evaluation under the paper's protocol; its predictions are of no use, its time is."""
+    features = task.features(split)
+    vocabulary = torch.tensor([tokens for row in features["input_ids"][:] for tokens in row])
+    count = len(features)
+    ids = vocabulary[torch.arange(count * task.max_length) % len(vocabulary)].view(count, task.max_length)
+
+    def evaluate(config: LengthConfig) -> None:
+        absolute = LengthConfig(config.lengths, config.max_length, "absolute")
+        with torch.inference_mode(), model.at(absolute):
+            for batch in ids.split(PADDED_BATCH):
+                model(input_ids=batch)
+
+    return evaluate
+
+
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    spec = load_spec(arguments.study, arguments.set)
+    split = spec.search_split
+    task: Any = Part(pipeline.make_task(spec), split, arguments.rows)
+    model = load(spec.adaptive_folder).eval()
+    eager = load(spec.adaptive_folder, attn_implementation="eager").eval()
+
+    def ours(model: Any, tokens: int, **settings: Any) -> Callable[[LengthConfig], float | None]:
+        evaluator = ModelEvaluator(model, task, split, tokens_per_batch=tokens, **settings)
+        return lambda config: evaluator._measure(config).metric
+
+    sides = {
+        "padded, eager, fp32 (the paper)": padded(eager, task, split),
+        "real lengths, eager, fp32": ours(eager, 2048),
+        "real lengths, SDPA, fp32": ours(model, 2048),
+        "real lengths, SDPA, fp32, 512 tokens a batch": ours(model, 512),
+        "real lengths, SDPA, bf16": ours(model, 2048, precision="bf16"),
+        "real lengths, SDPA, bf16, 512 tokens a batch": ours(model, 512, precision="bf16"),
+    }
+    layers = model.config.num_hidden_layers
+    configs = [LengthConfig.constant_ratio(ratio, layers, task.max_length) for ratio in RATIOS]
+    seconds: dict[str, list[list[float]]] = {name: [[] for _ in configs] for name in sides}
+    metrics: dict[str, list[float | None]] = {}
+    for name, side in sides.items():  # the first pass makes batches and warms caches
+        metrics[name] = [side(configs[-1])]
+    for round_number in range(arguments.rounds):
+        for number, config in enumerate(configs):
+            for name, side in sides.items():
+                start = time.perf_counter()
+                metric = side(config)
+                seconds[name][number].append(time.perf_counter() - start)
+                if round_number == 0:
+                    metrics[name].append(metric)
+        table = {name: [median(times) for times in rows] for name, rows in seconds.items()}
+        first = sum(next(iter(table.values())))
+        rows = [
+            {
+                "side": name,
+                "seconds": times,
+                "per_second": arguments.rows * len(configs) / sum(times),
+                "ratio": first / sum(times),
+                "metric": metrics[name][1:],
+            }
+            for name, times in table.items()
+        ]
+        if arguments.output:
+            document = {"study": spec.name, "rows": arguments.rows, "ratios": RATIOS, "rounds": round_number + 1}
+            write_json(arguments.output, {**document, "device": pipeline.describe_hardware("cpu"), "sides": rows})
+    print("| side | examples/s | times the paper's | metric at the ratios |\n| --- | ---: | ---: | --- |")
+    for row in rows:
+        shown = " ".join("-" if metric is None else f"{metric:.2f}" for metric in row["metric"])
+        print(f"| {row['side']} | {row['per_second']:.0f} | {row['ratio']:.1f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()
