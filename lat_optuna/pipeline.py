@@ -423,6 +423,7 @@ def search(
         _try_to_publish(spec)
         raise
     measure_reported(spec)
+    check_precision(spec)
     publish(spec)
     return ended
 
@@ -437,6 +438,7 @@ def join(spec: StudySpec, device: str | None = None, on_progress: OnProgress | N
     ended = run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
     if ended.here and _finished_last(spec):
         measure_reported(spec, device)
+        check_precision(spec, device)
         _try_to_publish(spec)
     return ended
 
@@ -485,6 +487,37 @@ def _finished_last(spec: StudySpec) -> bool:
     finished = [trial for trial in trials if trial.state.name in ("COMPLETE", "PRUNED")]
     last = max(finished, key=lambda trial: (trial.datetime_complete, trial.number))
     return bool(last.user_attrs.get("worker") == str(WorkerId.of_this_process()))
+
+
+def check_precision(spec: StudySpec, device: str | None = None) -> None:
+    """Measure what a reduced precision changes, and say so when it is more than chance would.
+
+    The dense and the smallest model are measured in both precisions on the reporting split. The values lie in the
+    study's attribute ``precision``, and are not measured again.
+    """
+    from lat_optuna.search.study import load_study
+
+    reduced = spec.search.precision
+    study = load_study(spec.storage, spec.name)
+    if reduced == "fp32" or "precision" in study.user_attrs:
+        return
+    evaluator = MakeEvaluator(spec, split=REPORTING_SPLIT)(device or default_device())
+    exact = evaluator.on(REPORTING_SPLIT, "fp32")
+    plan = make_plan(spec, evaluator)
+    values: dict[str, dict[str, float]] = {}
+    for name, config in (("dense", None), ("smallest", plan.smallest)):
+        values[name] = {each.precision: each.evaluate(config).metric for each in (exact, evaluator)}
+        change = values[name][reduced] - values[name]["fp32"]
+        if abs(change) > 100.0 / evaluator.num_examples**0.5:  # two standard errors of an accuracy, at most
+            logger.warning(
+                "%s changes the %s of the %s model by %+.2f points, to %.2f: set search.precision to fp32",
+                reduced,
+                evaluator.metric_name,
+                name,
+                change,
+                values[name][reduced],
+            )
+    study.set_user_attr("precision", values)
 
 
 class _Publisher:

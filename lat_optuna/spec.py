@@ -228,7 +228,7 @@ class StudySpec(_Section):
     @property
     def races(self) -> bool:
         """Whether configurations may be abandoned: Optuna's own samplers need to see everything's values."""
-        return self.search.racing and self.search.sampler == "paper"
+        return self.search.racing and self.search.sampler in ("default", "paper")
 
     @property
     def standard_folder(self) -> Path:

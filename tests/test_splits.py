@@ -109,6 +109,17 @@ def test_without_a_search_split_there_is_one_value(tmp_path):
     assert baselines.examples == 40
 
 
+def test_what_a_reduced_precision_changes_is_measured_and_kept(tmp_path):
+    spec = make_spec(tmp_path, precision="bf16")
+    pipeline.search(spec, ["cpu"])
+    values = load_study(spec.storage, spec.name).user_attrs["precision"]
+    assert values["dense"]["fp32"] == pytest.approx(measured(spec, "validation", None).metric)
+    assert set(values["smallest"]) == {"fp32", "bf16"}
+    exact = make_spec(tmp_path / "exact")
+    pipeline.search(exact, ["cpu"])
+    assert "precision" not in load_study(exact.storage, exact.name).user_attrs
+
+
 def test_studies_that_select_by_different_things_are_not_mixed(tmp_path):
     spec = make_spec(tmp_path)
     pipeline.search(spec, ["cpu"])

@@ -266,8 +266,8 @@ class ModelEvaluator:
         self._costs: dict[LengthConfig | None, float] = {None: 1.0}
         self._known: dict[tuple[tuple[int, ...], ...], Evaluation] = {}
 
-    def on(self, split: Split) -> ModelEvaluator:
-        """The same model, measured on another split."""
+    def on(self, split: Split, precision: Precision | None = None) -> ModelEvaluator:
+        """The same model, measured on another split or in another precision, in full."""
         return ModelEvaluator(
             self.model,
             self.task,
@@ -276,7 +276,7 @@ class ModelEvaluator:
             self.tokens_per_batch,
             self.protocol,
             self.retention,
-            self.precision,
+            precision or self.precision,
         )
 
     def cost(self, config: LengthConfig | None) -> float:
