@@ -3,7 +3,10 @@
 The numbers equal what ``torch.utils.flop_counter.FlopCounterMode`` counts on the adapted model under
 ``sdpa_kernel(SDPBackend.MATH)`` with dropout off. Significance sums probabilities that the layer computes anyway: it
 adds numbers, but multiplies none. What it does cost is counted: a layer that drops projects and scores all rows that
-enter it.
+enter it; by [CLS] alone (``adapt(..., significance="cls")``), its one query and one row of scores more.
+
+Where the last layer gives [CLS] alone (``last_layer="cls"``), the dense model saves as well. Its FLOPs are counted with
+the same economy then: the ratio of a configuration to the dense model tells what dropping saves, and nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from lat_optuna.length_config import LengthConfig
 
@@ -31,6 +34,10 @@ class Architecture:
         per_token: Per token of the input outside the layers: embedding projections, heads with a result per token.
         per_example: Per input: poolers, classifiers. Less than 0 where ``per_token`` covers tokens that it should
             not (the [CLS] of images comes from no patch).
+        protected: Rows that always stay: [CLS], DeiT's distillation token.
+        fused: Whether one matrix makes query, key and value: of rows that go, the query is made all the same.
+        significance: As the model was adapted.
+        last_layer: As the model was adapted.
     """
 
     layers: int
@@ -39,6 +46,10 @@ class Architecture:
     per_row_out: int
     per_token: int
     per_example: int
+    protected: int = 1
+    fused: bool = False
+    significance: Literal["all", "cls"] = "all"
+    last_layer: Literal["all", "cls"] = "all"
 
     @classmethod
     def of(cls, model: PreTrainedModel | PreTrainedConfig) -> Architecture:
@@ -46,7 +57,8 @@ class Architecture:
 
         Args:
             model: The model; or its transformers configuration, which names the head in ``architectures`` (without
-                it, the bare encoder is counted). No weights are made for a configuration.
+                it, the bare encoder is counted). No weights are made for a configuration. The options of ``adapt``
+                are read off an adapted model; else they are its defaults.
 
         Raises:
             ValueError: No family covers the architecture.
@@ -87,7 +99,18 @@ class Architecture:
         per_pair = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         per_row_in = 3 * config.hidden_size * per_pair
         in_layer = sum(module.weight.numel() for module in layers[0].modules() if isinstance(module, nn.Linear))
-        return cls(num_layers(model), per_row_in, per_pair, in_layer - per_row_in, per_token, per_example)
+        return cls(
+            num_layers(model),
+            per_row_in,
+            per_pair,
+            in_layer - per_row_in,
+            per_token,
+            per_example,
+            family.protected,
+            family.fused,
+            getattr(base, "_length_significance", "all"),
+            getattr(base, "_length_last_layer", "all"),
+        )
 
     def example_flops(self, config: LengthConfig | None, n: int) -> int:
         """One example of ``n`` real tokens by itself: the definition of cost.
@@ -99,28 +122,46 @@ class Architecture:
         Raises:
             ValueError: The configuration has another number of layers, or ``n`` is less than 1.
         """
-        if config is not None and config.num_layers != self.layers:
-            raise ValueError(f"the configuration {config} has {config.num_layers} layers, the model has {self.layers}")
         if n < 1:
             raise ValueError(f"an input has at least 1 token, not {n}")
-        total = self.per_token * n + self.per_example
-        rows = n
-        for kept in (n,) * self.layers if config is None else config.at_length(n):
-            total += rows * self.per_row_in + (rows + kept) * rows * self.per_pair + kept * self.per_row_out
-            rows = kept
-        return 2 * total
+        return self._widest(config, [n])
 
     def batch_flops(self, config: LengthConfig | None, ns: Sequence[int]) -> int:
         """What a batch really runs: every example is as wide as the longest one.
 
         Args:
             config: The length configuration; ``None`` is dense.
-            ns: Real tokens of each example (of multiple choice: of each choice).
+            ns: Real tokens of each example (of multiple choice: of each choice), padded on the right.
         """
-        if not ns:
-            return 0
-        # A longer example keeps at least as many rows in every layer, so the longest sets the width everywhere.
-        return len(ns) * self.example_flops(config, max(ns))
+        return len(ns) * self._widest(config, ns) if ns else 0
+
+    def _widest(self, config: LengthConfig | None, ns: Sequence[int]) -> int:
+        """FLOPs of one example of a batch, each being as wide as the longest."""
+        if config is not None and config.num_layers != self.layers:
+            raise ValueError(f"the configuration {config} has {config.num_layers} layers, the model has {self.layers}")
+        rows = max(ns)
+        total = self.per_token * rows + self.per_example
+        # A longer example keeps at least as many rows in every layer, so the longest sets the width everywhere. In a
+        # layer where it drops nothing, a shorter one may all the same.
+        kept = [(n,) * self.layers if config is None else config.at_length(n) for n in set(ns)]
+        before = tuple(set(ns))
+        for layer in range(self.layers):
+            after = tuple(lengths[layer] for lengths in kept)
+            if layer == self.layers - 1 and self.last_layer == "cls":
+                total += self._known(rows, self.protected)
+            elif after != before and self.significance == "cls":
+                total += self._known(rows, max(after))
+                total += self.protected * ((0 if self.fused else self.per_row_in // 3) + rows * self.per_pair)
+            else:
+                total += rows * self.per_row_in + (rows + max(after)) * rows * self.per_pair
+                total += max(after) * self.per_row_out
+            rows, before = max(after), after
+        return 2 * total
+
+    def _known(self, rows: int, kept: int) -> int:
+        """Multiply-adds of a layer of whose ``rows`` it is known before attention that ``kept`` stay."""
+        query = self.per_row_in // 3 * (rows if self.fused else kept)
+        return 2 * (self.per_row_in // 3) * rows + query + 2 * kept * rows * self.per_pair + kept * self.per_row_out
 
     def mean_flops(self, config: LengthConfig | None, lengths: Iterable[int]) -> float:
         """Mean of :meth:`example_flops`: the cost of a configuration on a task.

@@ -145,7 +145,7 @@ class _Passes:
         self.model: Any = model.eval()
         self.device = model.device
         self.precision = precision
-        self.inputs = [_inputs(model, batch) for batch in batches]
+        self.inputs = [random_inputs(model, batch) for batch in batches]
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -407,8 +407,8 @@ def _calibration(layers: int, longest: int, seed: int) -> list[LengthConfig]:
     return list(dict.fromkeys(found))
 
 
-def _inputs(model: PreTrainedModel, batch: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Random inputs with so many real tokens each."""
+def random_inputs(model: PreTrainedModel, batch: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Random inputs of a model with so many real tokens each; a batch of like lengths gets no attention mask."""
     import torch
 
     base: Any = model.base_model

@@ -20,12 +20,14 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from lat_optuna.length_config import LengthConfig
-from lat_optuna.model.families import Family, family_of, head_kind, reads_first_row
+from lat_optuna.model.families import ALL, KEY_VALUE, QUERY, Family, family_of, head_kind, reads_first_row
 from lat_optuna.model.plan import Choice, Pass, make_plan, restore
 from lat_optuna.model.rows import take_rows
-from lat_optuna.model.significance import attention_probabilities, choose_rows, context_of_rows, significance
+from lat_optuna.model.significance import Keep, attend_and_choose, choose_rows, first_row_significance
 
 Mode = Literal["restore", "eliminate"]
+Significance = Literal["all", "cls"]
+LastLayer = Literal["all", "cls"]
 Model = TypeVar("Model", bound=PreTrainedModel)
 Override = tuple[LengthConfig | None, frozenset[int]]
 
@@ -35,7 +37,12 @@ OFFSET = "length_offset"
 _overrides: ContextVar[Mapping[int, Override]] = ContextVar("lat_optuna_overrides", default={})  # noqa: B039
 
 
-def adapt(model: Model, mode: Literal["auto", "restore", "eliminate"] = "auto") -> Model:
+def adapt(
+    model: Model,
+    mode: Literal["auto", "restore", "eliminate"] = "auto",
+    significance: Significance | None = None,
+    last_layer: LastLayer | None = None,
+) -> Model:
     """Let a model run at any length per layer (sections 2.2 and 3.3). Works in place.
 
     Dense it stays what it was, bit for bit, until a configuration is set::
@@ -51,14 +58,21 @@ def adapt(model: Model, mode: Literal["auto", "restore", "eliminate"] = "auto") 
         model: A transformers model with any head, or a bare encoder.
         mode: ``"restore"`` puts dropped vectors back in place after the last layer, ``"eliminate"`` does not: the
             encoder's output is short. ``"auto"`` eliminates where the head reads the first token alone.
+        significance: Whose attention tells what a word vector is worth. ``"all"`` (the paper): every real token's.
+            ``"cls"``: that of [CLS] alone; the kept tokens are known before attention then, and nothing of the
+            others is computed but key and value. It keeps other tokens: train, search and deploy with the same.
+        last_layer: ``"cls"``: the last layer gives [CLS] alone, with or without a configuration; its length in a
+            configuration counts for nothing then. For heads that read nothing else; results stay the same but for
+            rounding. ``"all"``: it is a layer like the others.
 
     Returns:
-        The same object. Adapting it again changes nothing, but for a ``mode`` that is named.
+        The same object. Adapting it again changes only what is named; at first, the last two are ``"all"``.
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: No family covers the architecture (the message says which there are), it is a decoder, the mode
-            is unknown, or the head needs a result for every token and ``mode`` is ``"eliminate"``.
+        ValueError: No family covers the architecture (the message says which there are), it is a decoder, an option
+            is unknown, the head needs more than ``mode`` or ``last_layer`` leave it, or [CLS] does not see all
+            tokens in every layer and ``significance`` is ``"cls"``.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
@@ -66,19 +80,38 @@ def adapt(model: Model, mode: Literal["auto", "restore", "eliminate"] = "auto") 
         )
     if mode not in ("auto", "restore", "eliminate"):
         raise ValueError(f"mode must be 'auto', 'restore' or 'eliminate', not {mode!r}")
+    for name, value in (("significance", significance), ("last_layer", last_layer)):
+        if value not in (None, "all", "cls"):
+            raise ValueError(f"{name} must be 'all' or 'cls', not {value!r}")
     if mode == "eliminate" and head_kind(model) == "token":
         raise ValueError(f"{type(model).__name__} needs a vector for every token: mode 'eliminate' leaves it none")
     base: Any = model.base_model
     family = family_of(base.config)
-    chosen: Mode = mode if mode != "auto" else "eliminate" if reads_first_row(model) else "restore"
-    if not is_adapted(model):
+    if significance == "cls" and family.window is not None:
+        raise ValueError(
+            f"significance 'cls' needs layers in which [CLS] attends to every token; those of "
+            f"{base.config.model_type} have sliding windows"
+        )
+    first = not is_adapted(model)
+    chosen: Mode = "eliminate" if reads_first_row(model) else "restore"
+    if mode != "auto":
+        chosen = mode
+    elif not first:
+        chosen = base._length_mode
+    economical = last_layer or getattr(base, "_length_last_layer", "all")
+    if economical == "cls" and (chosen == "restore" or not (reads_first_row(model) or head_kind(model) == "encoder")):
+        raise ValueError(
+            f"last_layer 'cls' leaves nothing but [CLS], and {type(model).__name__} in mode {chosen!r} needs more; "
+            "it is for heads that read [CLS] alone, in mode 'eliminate'"
+        )
+    if first:
         if not is_adapted(base):
             _adapt_encoder(base, family)
         if model is not base:
             _change_class(model, "model")
-        base._length_mode = chosen
-    elif mode != "auto":
-        base._length_mode = chosen
+    base._length_mode = chosen
+    base._length_last_layer = economical
+    base._length_significance = significance or getattr(base, "_length_significance", "all")
     return model
 
 
@@ -202,13 +235,15 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
 def _begin(base: Any, arguments: Mapping[str, Any]) -> Pass | None:
     """The plan of this forward pass; ``None`` where it is dense."""
     config, skipped = _overrides.get().get(id(base), (base._length_config, frozenset()))
-    if config is None and not skipped:
+    economical = base._length_last_layer == "cls"
+    if config is None and not skipped and not economical:
         return None
     _refuse(base.config, arguments)
     family = family_of(base.config)
     tokens = family.tokens(base, arguments)
-    plan = make_plan(config, skipped, _layer_count(base), tokens, arguments.get("attention_mask"))
-    return Pass(plan, family, base.config)
+    first_rows = family.protected if economical else 0
+    plan = make_plan(config, skipped, _layer_count(base), tokens, arguments.get("attention_mask"), first_rows)
+    return Pass(plan, family, base.config, base._length_significance == "cls")
 
 
 def _option(config: Any, arguments: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -220,7 +255,9 @@ def _refuse(config: Any, arguments: Mapping[str, Any]) -> None:
     """Raise on what a forward pass that drops tokens cannot honour."""
     for name in ("output_attentions", "output_hidden_states"):
         if _option(config, arguments, name, False):
-            raise ValueError(f"{name} cannot be honoured with a length configuration: rows drop out between layers")
+            raise ValueError(
+                f"{name} cannot be honoured with a length configuration (or last_layer 'cls'): rows drop out on the way"
+            )
     for name in ("encoder_hidden_states", "past_key_values"):
         if arguments.get(name) is not None:
             raise ValueError(f"{name} cannot be honoured with a length configuration: it is for decoders")
@@ -261,7 +298,7 @@ def _layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
 
 
 def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
-    """One layer that keeps the most significant rows: every row votes, only kept rows are computed to the end.
+    """One layer that keeps the most significant rows: only kept rows are computed to the end.
 
     Args:
         layer: The layer.
@@ -273,29 +310,78 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
     Returns:
         (batch, kept, hidden).
     """
-    source = this.plan.steps[index].source
-    real = this.plan.real_rows(source)
-    query, key, value = this.family.project(layer, hidden, kwargs)
-    probabilities = attention_probabilities(query, key, _allowed(layer, this, source, hidden))
+    family, step = this.family, this.plan.steps[index]
+    real = this.plan.real_rows(step.source)
+    allowed = _allowed(layer, this, step.source, hidden)
+    dropout = family.dropout(layer) if layer.training else 0.0
+    # A layer that gradient checkpointing replays keeps to its choice.
+    rows = this.choices[index].rows if index in this.choices else None
+    if step.first or this.by_first_row:
+        rows, context = _choose_and_attend(layer, this, index, hidden, kwargs, allowed, rows, dropout)
+    else:
+        query, key, value = family.project(layer, hidden, kwargs, ALL)
+        counts = this.plan.counts[index] if this.plan.counts is not None and step.ragged else None
+        keep = Keep(step.width, counts, real, family.protected)
+        rows, context = attend_and_choose(query, key, value, allowed, keep, rows, dropout)
     if index not in this.choices:
-        # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
-        # same tensors for its backward pass as the first run did.
-        this.choices[index] = _choose(this, index, significance(probabilities.detach(), real), real)
+        this.choices[index] = _choice(this, index, rows, hidden.size(1))
         this.entered[index] = hidden
-    rows = this.choices[index].rows
-    context = context_of_rows(probabilities, value, rows, this.family.dropout(layer) if layer.training else 0.0)
-    return this.family.finish(layer, context, take_rows(hidden, rows))
+    return family.finish(layer, context, take_rows(hidden, this.choices[index].rows))
 
 
-def _choose(this: Pass, index: int, votes: torch.Tensor, real: torch.Tensor | None) -> Choice:
-    plan = this.plan
-    step = plan.steps[index]
-    counts = plan.counts[index] if plan.counts is not None and step.ragged else None
-    rows = choose_rows(votes, step.width, counts, real, this.family.protected)
-    entered = votes.size(1)
+def _choose_and_attend(
+    layer: Any,
+    this: Pass,
+    index: int,
+    hidden: torch.Tensor,
+    kwargs: dict[str, Any],
+    allowed: torch.Tensor | None,
+    rows: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the rows that stay are known before attention: queries, scores and context of no others."""
+    family, step = this.family, this.plan.steps[index]
+    real = this.plan.real_rows(step.source)
+    query: torch.Tensor | None = None
+    if family.fused:
+        query, key, value = family.project(layer, hidden, kwargs, ALL)
+    else:
+        key, value = family.project(layer, hidden, kwargs, KEY_VALUE)
+
+    def query_of(some: torch.Tensor) -> torch.Tensor:
+        if query is not None:
+            return take_rows(query.transpose(1, 2), some).transpose(1, 2)
+        return family.project(layer, take_rows(hidden, some), kwargs, QUERY)[0]
+
+    if rows is None:
+        rows = _first_rows(this, step.source, hidden)
+        if not step.first:
+            counts = this.plan.counts[index] if this.plan.counts is not None and step.ragged else None
+            with torch.no_grad():  # a replay, which does not choose again, must save the same tensors
+                votes = first_row_significance(query_of(rows), key, allowed)
+            rows = choose_rows(votes, Keep(step.width, counts, real, family.protected))
+    valid = rows.clamp(max=hidden.size(1) - 1)
+    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
+        allowed = take_rows(allowed[:, 0].expand(hidden.size(0), -1, -1), valid)[:, None]
+    context = torch.nn.functional.scaled_dot_product_attention(
+        query_of(valid), key, value, attn_mask=allowed, dropout_p=dropout
+    )
+    return rows, context.transpose(1, 2).flatten(2)
+
+
+def _first_rows(this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor:
+    """(batch, protected) rows of [CLS] (and of DeiT's distillation token)."""
+    rows = torch.arange(this.family.protected, device=hidden.device).expand(hidden.size(0), -1)
+    if source is None and this.plan.padded_left and this.plan.real is not None:
+        rows = rows + this.plan.real.int().argmax(-1, keepdim=True)
+    return rows
+
+
+def _choice(this: Pass, index: int, rows: torch.Tensor, entered: int) -> Choice:
+    plan, step = this.plan, this.plan.steps[index]
     valid = rows.clamp(max=entered - 1)
     positions = valid if step.source is None else this.choices[step.source].positions.gather(1, valid)
-    if counts is not None:
+    if plan.counts is not None and step.ragged:
         positions = positions.masked_fill(rows == entered, plan.tokens)
     return Choice(valid, positions)
 
@@ -321,8 +407,10 @@ def _mask_after(layer: Any, this: Pass, source: int, hidden: torch.Tensor) -> An
         allowed = _allowed(layer, this, source, hidden)
         assert allowed is not None
         return _as_mask(allowed, this.config._attn_implementation, hidden)
-    real = this.plan.real_rows(source)
-    return None if real is None else create_bidirectional_mask(this.config, hidden, real)
+    if source not in this.masks:
+        real = this.plan.real_rows(source)
+        this.masks[source] = None if real is None else create_bidirectional_mask(this.config, hidden, real)
+    return this.masks[source]
 
 
 def _as_mask(allowed: torch.Tensor, implementation: str, hidden: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,9 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from lat_optuna.model.rows import take_rows
 
-Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Query, key and value, each (batch, heads, rows, head size)."""
+Heads = tuple[torch.Tensor, ...]
+"""Query, key and value (or those of them that were asked for), each (batch, heads, rows, head size)."""
+ALL, QUERY, KEY_VALUE = slice(0, 3), slice(0, 1), slice(1, 3)
 
 
 def _text_size(base: nn.Module, arguments: Mapping[str, Any]) -> int:
@@ -35,7 +36,8 @@ class Family:
         model_types: ``config.model_type`` of the models it covers.
         layers: Base encoder (or group, see ``groups``) to its layers in order.
         project: Layer and its input (batch, rows, hidden) to query, key and value of all rows. Keyword arguments of
-            the layer (rotary embeddings, say) come as the third argument.
+            the layer (rotary embeddings, say) come as the third argument, and as the fourth which of the three
+            are wanted: all, ``QUERY`` or ``KEY_VALUE``.
         finish: Layer, context (batch, kept, heads * head size) and the same rows of the layer's input to its output.
         dropout: Layer to its dropout on attention probabilities.
         protected: How many of the first rows always stay.
@@ -44,11 +46,12 @@ class Family:
         groups: Base encoder to modules that hold layers and are called again and again (ALBERT).
         follow: Keyword arguments of a layer and (batch, width) positions to keyword arguments for these rows only.
         window: Layer to how far it looks to either side; ``None`` is everywhere.
+        fused: Whether one matrix makes query, key and value, so that none comes cheaper without the others.
     """
 
     model_types: tuple[str, ...]
     layers: Callable[[Any], Sequence[nn.Module]]
-    project: Callable[[Any, torch.Tensor, Mapping[str, Any]], Heads]
+    project: Callable[[Any, torch.Tensor, Mapping[str, Any], slice], Heads]
     finish: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]
     dropout: Callable[[Any], float]
     protected: int = 1
@@ -57,20 +60,22 @@ class Family:
     groups: Callable[[Any], Sequence[nn.Module]] | None = None
     follow: Callable[[dict[str, Any], torch.Tensor], dict[str, Any]] | None = None
     window: Callable[[Any], int | None] | None = None
+    fused: bool = False
 
 
 def project_heads(hidden: torch.Tensor, projections: Sequence[nn.Module], head_size: int) -> Heads:
-    """(batch, rows, hidden) through three projections to (batch, heads, rows, head size) each."""
-    query, key, value = (each(hidden).unflatten(-1, (-1, head_size)).transpose(1, 2) for each in projections)
-    return query, key, value
+    """(batch, rows, hidden) through each projection to (batch, heads, rows, head size)."""
+    if len(projections) > 1 and torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))  # once instead of in every projection
+    return tuple(each(hidden).unflatten(-1, (-1, head_size)).transpose(1, 2) for each in projections)
 
 
 # ---------------------------------------------------------------------------------------------- BERT and its kin
 
 
-def _bert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+def _bert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any], parts: slice = ALL) -> Heads:
     own = layer.attention.self
-    return project_heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
+    return project_heads(hidden, (own.query, own.key, own.value)[parts], own.attention_head_size)
 
 
 def _bert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -86,9 +91,9 @@ BERT = Family(
 )
 
 
-def _distilbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+def _distilbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any], parts: slice = ALL) -> Heads:
     own = layer.attention
-    return project_heads(hidden, (own.q_lin, own.k_lin, own.v_lin), own.attention_head_size)
+    return project_heads(hidden, (own.q_lin, own.k_lin, own.v_lin)[parts], own.attention_head_size)
 
 
 def _distilbert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -105,9 +110,9 @@ DISTILBERT = Family(
 )
 
 
-def _albert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+def _albert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any], parts: slice = ALL) -> Heads:
     own = layer.attention
-    return project_heads(hidden, (own.query, own.key, own.value), own.attention_head_size)
+    return project_heads(hidden, (own.query, own.key, own.value)[parts], own.attention_head_size)
 
 
 def _albert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -129,13 +134,13 @@ ALBERT = Family(
 # ------------------------------------------------------------------------------- pre-norm: ModernBERT, ViT, DeiT
 
 
-def _modernbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+def _modernbert_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any], parts: slice = ALL) -> Heads:
     own = layer.attn
     projected = own.Wqkv(layer.attn_norm(hidden)).unflatten(-1, (3, -1, own.head_dim))
     query, key, value = (each.transpose(1, 2) for each in projected.unbind(-3))
     cos, sin = kwargs["position_embeddings"]
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    return query, key, value
+    return (query, key, value)[parts]
 
 
 def _modernbert_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
@@ -161,13 +166,15 @@ MODERNBERT = Family(
     dropout=lambda layer: layer.attn.attention_dropout,
     final_norm=lambda base: base.final_norm,
     follow=_modernbert_follow,
+    fused=True,
     window=lambda layer: layer.config.sliding_window if layer.attention_type == "sliding_attention" else None,
 )
 
 
-def _vit_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any]) -> Heads:
+def _vit_project(layer: Any, hidden: torch.Tensor, kwargs: Mapping[str, Any], parts: slice = ALL) -> Heads:
     own = layer.attention
-    return project_heads(layer.layernorm_before(hidden), (own.q_proj, own.k_proj, own.v_proj), own.head_dim)
+    projections = (own.q_proj, own.k_proj, own.v_proj)[parts]
+    return project_heads(layer.layernorm_before(hidden), projections, own.head_dim)
 
 
 def _vit_finish(layer: Any, context: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

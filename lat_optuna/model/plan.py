@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedConfig
@@ -25,6 +25,7 @@ class Step:
         ragged: Whether some examples leave with fewer rows than ``width``.
         source: The layer before this one that dropped last, whose choice the rows that enter follow; ``None`` where
             the input enters as it came.
+        first: Whether the first rows alone leave the layer, as nobody reads the others.
     """
 
     runs: bool
@@ -32,6 +33,7 @@ class Step:
     width: int
     ragged: bool
     source: int | None
+    first: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,14 @@ class Plan:
         tokens: Rows of the input, padding included.
         real: (batch, tokens) bool, which rows are real; ``None`` where all are.
         counts: Rows that each layer keeps, one (batch,) tensor a layer; ``None`` where all examples are equally long.
+        padded_left: Whether an example's first real row may be another than its first one.
     """
 
     steps: tuple[Step, ...]
     tokens: int
     real: torch.Tensor | None
     counts: tuple[torch.Tensor, ...] | None
+    padded_left: bool = False
 
     def real_rows(self, source: int | None) -> torch.Tensor | None:
         """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input)."""
@@ -87,14 +91,18 @@ class Pass:
         config: The base encoder's configuration (transformers').
         choices: By layer that drops.
         entered: Hidden states that entered a layer that drops, for :func:`restore`.
+        by_first_row: Whether significance is the attention of the protected rows alone.
+        masks: Masks of the rows that a layer kept, for the layers after it that drop nothing.
         groups: How many groups of shared layers ran so far (ALBERT).
     """
 
     plan: Plan
     family: Family
     config: PreTrainedConfig
+    by_first_row: bool = False
     choices: dict[int, Choice] = field(default_factory=dict)
     entered: dict[int, torch.Tensor] = field(default_factory=dict)
+    masks: dict[int, Any] = field(default_factory=dict)
     groups: int = 0
 
 
@@ -104,6 +112,7 @@ def make_plan(
     layers: int,
     tokens: int,
     attention_mask: torch.Tensor | None,
+    first_rows: int = 0,
 ) -> Plan:
     """Count every example's rows in every layer.
 
@@ -114,17 +123,18 @@ def make_plan(
         layers: Number of layers.
         tokens: Rows of the input, padding included.
         attention_mask: (batch, tokens), zero where an input is padding; ``None`` where nothing is.
+        first_rows: If not 0, the last layer that runs gives so many first rows, whatever the configuration says.
 
     Returns:
         The plan. With an attention mask the device is synchronised once, else never. Under ``torch.export`` the
         widths are symbols that the graph computes from the mask of its input.
     """
     if torch.compiler.is_exporting():
-        return _symbolic_plan(config, skip_layers, tokens, attention_mask)
+        return _symbolic_plan(config, skip_layers, tokens, attention_mask, first_rows)
     runs = [layer for layer in range(layers) if layer not in skip_layers]
     if attention_mask is None:
         lengths = (tokens,) * layers if config is None else config.at_length(tokens)
-        return _uniform(lengths, runs, layers, tokens)
+        return _uniform(lengths, runs, layers, tokens, first_rows)
 
     real = attention_mask != 0
     # An input without a real token (a batch filled up with empty rows) counts as one token, as nothing can attend to
@@ -139,7 +149,7 @@ def make_plan(
     most, least, falling, padded_left = summary[:size], summary[size : 2 * size], summary[2 * size : -1], summary[-1]
     if least[0] == tokens:
         kept = dict(zip(runs, most[1:], strict=True))
-        return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens)
+        return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens, first_rows)
 
     steps: list[Step] = []
     width, ragged, source = tokens, True, None
@@ -157,11 +167,16 @@ def make_plan(
             source = layer
     # Copies, not views: a compiled graph would take a batch as large as the number of layers for a rule.
     copies = torch.unbind_copy(counts)  # type: ignore[func-returns-value]  # torch's stub is wrong
-    return Plan(tuple(steps), tokens, real, tuple(copies))  # type: ignore[arg-type]
+    left = bool(padded_left) and config is not None  # dense, row 0 is read, whatever it is
+    return Plan(_last(steps, runs, first_rows), tokens, real, tuple(copies), left)  # type: ignore[arg-type]
 
 
 def _symbolic_plan(
-    config: LengthConfig | None, skip_layers: Collection[int], tokens: int, attention_mask: torch.Tensor | None
+    config: LengthConfig | None,
+    skip_layers: Collection[int],
+    tokens: int,
+    attention_mask: torch.Tensor | None,
+    first_rows: int,
 ) -> Plan:
     """The plan of a graph for batches of any shape: what is known before the input is which layers may drop.
 
@@ -186,10 +201,20 @@ def _symbolic_plan(
             torch._check(width <= tokens)
         steps.append(Step(True, drops, width, True, source))
         source = layer if drops else source
-    return Plan(tuple(steps), tokens, real, tuple(counts.unbind()))
+    runs = list(range(config.num_layers))
+    return Plan(_last(steps, runs, first_rows), tokens, real, tuple(counts.unbind()))
 
 
-def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) -> Plan:
+def _last(steps: list[Step], runs: list[int], first_rows: int) -> tuple[Step, ...]:
+    """The steps where of the last layer that runs only the first rows are read."""
+    if first_rows and runs:
+        source = steps[runs[-1]].source
+        after = [Step(False, False, first_rows, False, runs[-1])] * (len(steps) - 1 - runs[-1])
+        steps = [*steps[: runs[-1]], Step(True, True, first_rows, False, source, first=True), *after]
+    return tuple(steps)
+
+
+def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int, first_rows: int) -> Plan:
     """The plan of a batch without padding: no tensor, no synchronisation."""
     steps: list[Step] = []
     width, source = tokens, None
@@ -198,7 +223,7 @@ def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int) 
         width = lengths[layer] if drops else width
         steps.append(Step(layer in runs, drops, width, False, source))
         source = layer if drops else source
-    return Plan(tuple(steps), tokens, None, None)
+    return Plan(_last(steps, runs, first_rows), tokens, None, None)
 
 
 def _at_lengths(config: LengthConfig, n: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,131 @@
-"""Attention that also yields significance: the attention that a word vector receives (paper: section 2.2)."""
+"""Attention that also yields significance: the attention that a word vector receives (paper: section 2.2).
+
+A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these rows.
+:func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for gradients, compilers and
+GPUs) and one that takes it in blocks whose probabilities stay in a CPU's cache. Both are tested against
+:func:`reference_rows`, the definition.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from lat_optuna.model.rows import take_rows
+
+BLOCK = 2**18
+"""Probabilities of a block on a CPU: 1 MB. Larger ones leave the cache, and every fresh page of memory is a fault: at
+16 x 128 tokens and 12 heads the whole form took 2.6 times as long (2 Intel cores with AMX)."""
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which rows of a batch may stay, and how many.
+
+    Attributes:
+        width: Rows to keep; of the example that keeps most.
+        counts: (batch,) rows to keep; ``None`` where every example keeps ``width``.
+        real: (batch, rows) bool; padding neither votes, nor stays unless nothing else is left. ``None`` where nothing
+            is padding.
+        protected: How many of the first real rows always stay ([CLS]; DeiT's distillation token).
+    """
+
+    width: int
+    counts: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+    protected: int = 1
+
+    def of(self, examples: slice) -> Keep:
+        """The same for some of the examples."""
+        counts = None if self.counts is None else self.counts[examples]
+        return Keep(self.width, counts, None if self.real is None else self.real[examples], self.protected)
+
+
+def attend_and_choose(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    keep: Keep,
+    rows: torch.Tensor | None = None,
+    dropout: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every row votes, and the rows that stay attend. Probabilities are computed once.
+
+    Args:
+        query: (batch, heads, rows, head size).
+        key: (batch, heads, rows, head size).
+        value: (batch, heads, rows, head size).
+        allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
+        keep: Which rows may stay.
+        rows: (batch, kept), as :func:`choose_rows` gave them in a run that is replayed now; ``None`` chooses.
+        dropout: Dropout on the probabilities.
+
+    Returns:
+        The rows as in :func:`choose_rows`, and their context (batch, kept, heads * head size).
+    """
+    if rows is None and dropout == 0 and _in_blocks(query):
+        return _by_blocks(query, key, value, allowed, keep)
+    probabilities = attention_probabilities(query, key, allowed)
+    if rows is None:
+        # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
+        # same tensors for its backward pass as the first run did.
+        rows = choose_rows(significance(probabilities.detach(), keep.real), keep)
+    return rows, context_of_rows(probabilities, value, rows.clamp(max=query.size(2) - 1), dropout)
+
+
+def _in_blocks(query: torch.Tensor) -> bool:
+    """Whether the form in blocks pays and works: it writes in place, and its number of steps depends on the batch."""
+    if query.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
+
+
+def _by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None, keep: Keep
+) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, heads, queries, size = query.shape
+    keys = key.size(2)
+    step = min(batch, max(1, BLOCK // (heads * queries * keys)))
+    refused = None if allowed is None else ~allowed.expand(batch, -1, -1, -1)
+    # Scores in fp32 of low precision's queries and keys too: softmax and sums are fast in fp32 only.
+    scores = torch.empty((step * heads, queries, keys), dtype=torch.float32)
+    chosen = []
+    context = torch.empty((batch, keep.width, heads, size), dtype=value.dtype)
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        examples = min(step, batch - start)
+        probabilities = scores[: examples * heads]
+        scaled = (query[part].float() * size**-0.5).reshape(-1, queries, size)
+        torch.bmm(scaled, key[part].float().reshape(-1, keys, size).transpose(1, 2), out=probabilities)
+        by_head = probabilities.view(examples, heads, queries, keys)
+        if refused is not None:
+            by_head.masked_fill_(refused[part], torch.finfo(torch.float32).min)
+        torch.softmax(probabilities, -1, out=probabilities)
+        own = keep.of(part)
+        rows = choose_rows(significance(by_head, own.real), own)
+        chosen.append(rows)
+        per_head = rows.clamp(max=queries - 1)[:, None].expand(-1, heads, -1).reshape(examples * heads, -1)
+        kept = take_rows(probabilities, per_head).to(value.dtype)
+        attended = torch.bmm(kept, value[part].reshape(-1, keys, size))
+        context[part] = attended.view(examples, heads, keep.width, size).transpose(1, 2)
+    return chosen[0] if len(chosen) == 1 else torch.cat(chosen), context.flatten(2)
+
+
+def first_row_significance(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    """Attention received from the rows that always stay alone ([CLS]), summed over heads: known before attention.
+
+    Args:
+        query: (batch, heads, protected, head size) of the protected rows.
+        key: (batch, heads, rows, head size).
+        allowed: bool, broadcastable to (batch, heads, protected, rows); ``None`` allows everything.
+
+    Returns:
+        (batch, rows) in fp32.
+    """
+    return attention_probabilities(query, key, allowed).sum((1, 2))
 
 
 def attention_probabilities(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
@@ -45,36 +164,27 @@ def significance(probabilities: torch.Tensor, real: torch.Tensor | None) -> torc
     return received.sum(1)
 
 
-def choose_rows(
-    votes: torch.Tensor,
-    width: int,
-    counts: torch.Tensor | None = None,
-    real: torch.Tensor | None = None,
-    protected: int = 1,
-) -> torch.Tensor:
+def choose_rows(votes: torch.Tensor, keep: Keep) -> torch.Tensor:
     """The most significant rows of every example in their original order. No gradient flows through the choice.
 
     Args:
         votes: (batch, rows) significance. Of equal ones the earlier row stays.
-        width: Rows to keep; of the example that keeps most.
-        counts: (batch,) rows to keep; ``None`` where every example keeps ``width``.
-        real: (batch, rows) bool; padding stays only when nothing else is left. ``None`` where nothing is padding.
-        protected: How many of the first real rows always stay ([CLS]; DeiT's distillation token).
+        keep: Which rows may stay.
 
     Returns:
         (batch, width) rising indices. An example that keeps fewer ends with filler, which equals the number of rows.
     """
     rows = votes.size(1)
     votes = votes.detach()
-    if real is None:
-        first = torch.arange(rows, device=votes.device) < protected
+    if keep.real is None:
+        first = torch.arange(rows, device=votes.device) < keep.protected
     else:
-        votes = votes.masked_fill(~real, -torch.inf)
-        first = real & (real.cumsum(-1) <= protected)
+        votes = votes.masked_fill(~keep.real, -torch.inf)
+        first = keep.real & (keep.real.cumsum(-1) <= keep.protected)
     votes = votes.masked_fill(first, torch.inf)
-    order = votes.sort(dim=-1, descending=True, stable=True).indices[:, :width]
-    if counts is not None:
-        order = order.masked_fill(torch.arange(width, device=votes.device) >= counts[:, None], rows)
+    order = votes.sort(dim=-1, descending=True, stable=True).indices[:, : keep.width]
+    if keep.counts is not None:
+        order = order.masked_fill(torch.arange(keep.width, device=votes.device) >= keep.counts[:, None], rows)
     return order.sort(-1).values
 
 
