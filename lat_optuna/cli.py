@@ -244,6 +244,74 @@ def report(study: Path, overrides: tuple[str, ...], output: Path | None, figures
 @main.command()
 @click.argument("studies", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study file.")
+@click.option("--seeds", metavar="0,1,2", help="Seeds to run one after the other; by default the study file's.")
+@click.option(
+    "--skip",
+    type=click.Choice(["padded", "random", "fixed", "ablations", "latency"]),
+    multiple=True,
+    help="Leave a part out; it can be made up for later.",
+)
+@click.option(
+    "--results",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("studies/results"),
+    show_default=True,
+    help="Folder that gets a folder of tables and numbers for every study.",
+)
+@click.option("--figures", type=click.Path(path_type=Path, file_okay=False), help="Write Figures 2-4 into this folder.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["svg", "png", "pdf", "html"]),
+    default="html",
+    show_default=True,
+    help="Of the figures; all but html need kaleido and Chrome.",
+)
+@_workers
+@_devices
+def reproduce(
+    studies: tuple[Path, ...],
+    overrides: tuple[str, ...],
+    seeds: str | None,
+    skip: tuple[str, ...],
+    results: Path,
+    figures: Path | None,
+    kind: str,
+    workers: int | None,
+    devices: str | None,
+) -> None:
+    """Run the paper's experiments on studies: training, search, baselines, ablations, tables and figures.
+
+    Goes on from where it was stopped. Several studies (two encoders, say) share the figures.
+    """
+    from lat_optuna import reproduce as experiments
+    from lat_optuna.figures import export_figures
+
+    specs = [_load(study, overrides) for study in studies]
+    for what in ("name", "output"):
+        if len({getattr(spec, what) for spec in specs}) < len(specs):
+            raise click.UsageError(f"two of the studies have the same {what}")
+    try:
+        numbers = None if seeds is None else [int(seed) for seed in seeds.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{seeds!r} is no list of whole numbers such as 0,1,2", param_hint="--seeds") from None
+    chosen = _chosen_devices(workers, devices)
+    parts = [part for part in experiments.PARTS if part not in skip]
+    folders = {spec.name: results / spec.name for spec in specs}
+    for spec in specs:
+        for seed in numbers or [spec.training.seed]:
+            experiments.reproduce(spec, seed, folders[spec.name], parts, chosen)
+        text = experiments.table(folders[spec.name])
+        (folders[spec.name] / "table.md").write_text(text, encoding="utf-8")
+        click.echo(text)
+    if figures is not None:
+        for path in export_figures(experiments.figures(folders), figures, kind):
+            click.echo(path)
+
+
+@main.command()
+@click.argument("studies", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of every study file.")
 @click.option(
     "--output", type=click.Path(path_type=Path), default=Path("compare.html"), show_default=True, help="The HTML file."
 )

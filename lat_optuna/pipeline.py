@@ -13,9 +13,9 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,6 +75,47 @@ def make_task(spec: StudySpec) -> Task:
     return StdlibDocs(checkpoint, seed=spec.training.seed, **settings)
 
 
+def pretrained(spec: StudySpec) -> str:
+    """The encoder that a study starts from, as transformers takes it; cut to ``model.layers`` where that is set.
+
+    The cut lies in the study's folder ``pretrained`` and is made once.
+
+    Raises:
+        SpecError: The encoder has no more layers than that.
+    """
+    checkpoint, layers = resolve_checkpoint(spec.model), spec.model.layers
+    if layers is None:
+        return checkpoint
+    folder = spec.output / "pretrained"
+    if not folder.is_dir():
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        has = AutoConfig.from_pretrained(checkpoint).num_hidden_layers
+        if layers >= has:
+            raise SpecError(f"model.layers: {checkpoint} has {has} layers; keep fewer than that, not {layers}")
+        partial = folder.with_name("pretrained.partial")
+        AutoModel.from_pretrained(checkpoint, num_hidden_layers=layers).save_pretrained(partial)
+        AutoTokenizer.from_pretrained(checkpoint).save_pretrained(partial)
+        partial.rename(folder)
+    return str(folder)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Another second stage from the same standard model and with as many updates, to compare with.
+
+    Attributes:
+        name: Of its folder.
+        adaptation: Settings of :class:`lat_optuna.trainer.LengthAdaptation` in place of the study's: an ablation.
+        fixed: The one configuration that the model is trained with, on the label (PoWER-BERT's last stage); the full
+            one is fine-tuning that goes on.
+    """
+
+    name: str
+    adaptation: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    fixed: LengthConfig | None = None
+
+
 @dataclass(frozen=True)
 class Stage:
     """One of the two stages of training (paper: section 4.1).
@@ -82,19 +123,25 @@ class Stage:
     Attributes:
         spec: The study.
         adaptive: Whether this is the stage with LengthDrop.
+        variant: What is done in its place, for a comparison.
     """
 
     spec: StudySpec
     adaptive: bool
+    variant: Variant | None = None
 
     @property
     def label(self) -> str:
         """What people see."""
+        if self.variant is not None:
+            return f"training variant {self.variant.name}"
         return "length-adaptive training" if self.adaptive else "standard fine-tuning"
 
     @property
     def folder(self) -> Path:
         """Where the trained model lies; it appears whole, when the stage is done."""
+        if self.variant is not None:
+            return self.spec.output / f"variant-{self.variant.name}"
         return self.spec.adaptive_folder if self.adaptive else self.spec.standard_folder
 
     @property
@@ -118,28 +165,30 @@ class Stage:
         """
         from transformers import set_seed
 
-        from lat_optuna.model import num_layers
+        from lat_optuna.model import adapt, num_layers
         from lat_optuna.trainer import LengthAdaptation, MetricCallback, fine_tune
 
         self._check_settings()
         training = self.spec.training
         task = make_task(self.spec)
         self._note_settings()
-        start = self.spec.standard_folder if self.adaptive else resolve_checkpoint(self.spec.model)
-        adaptation = (
-            LengthAdaptation(
+        start = self.spec.standard_folder if self.adaptive else pretrained(self.spec)
+        fixed = self.variant.fixed if self.variant else None
+        adaptation = None
+        if self.adaptive and fixed is None:
+            adaptation = LengthAdaptation(
                 p=training.p,
                 layer_drop=training.layer_drop,
                 num_random=training.num_random,
                 max_length=self.spec.task.max_length,
                 retention=self.spec.search.retention,
             )
-            if self.adaptive
-            else None
-        )
+            adaptation = replace(adaptation, **(self.variant.adaptation if self.variant else {}))
         sample = make_task(_sampled(self.spec))
         set_seed(training.seed)  # a new head's weights are drawn before Trainer seeds anything
-        model = task.build_model(str(start))
+        model: Any = task.build_model(str(start))
+        if fixed is not None:
+            adapt(model).length_config = None if fixed.is_full else fixed
         smallest = (
             LengthConfig.smallest(adaptation.p, num_layers(model), adaptation.max_length, adaptation.retention)
             if adaptation
@@ -218,6 +267,8 @@ class Stage:
         else:
             for key in ("adaptive_learning_rate", "adaptive_epochs", "p", "layer_drop", "num_random"):
                 del values["training"][key]
+        if self.variant is not None:
+            values["variant"] = {"adaptation": dict(self.variant.adaptation), "fixed": str(self.variant.fixed)}
         return values
 
     def _note_settings(self) -> None:
@@ -413,7 +464,7 @@ def search(
 
     try:
         ended = launch(
-            _search_of(spec),
+            search_of(spec),
             devices or default_devices(),
             folder=spec.output / "logs",
             on_progress=tell,
@@ -435,7 +486,7 @@ def join(spec: StudySpec, device: str | None = None, on_progress: OnProgress | N
     """
     from lat_optuna.search.worker import run_worker
 
-    ended = run_worker(_search_of(spec), device or default_device(), on_progress=on_progress)
+    ended = run_worker(search_of(spec), device or default_device(), on_progress=on_progress)
     if ended.here and _finished_last(spec):
         measure_reported(spec, device)
         check_precision(spec, device)
@@ -541,7 +592,8 @@ def _try_to_publish(spec: StudySpec) -> None:
         logger.warning("the study's note and figures could not be brought up to date: %s", error)
 
 
-def _search_of(spec: StudySpec) -> Search:
+def search_of(spec: StudySpec) -> Search:
+    """A study's search as its workers take it."""
     from lat_optuna.search.worker import Search
 
     return Search(

@@ -31,10 +31,12 @@ class ModelSpec(_Section):
     Attributes:
         checkpoint: A name on the hub, a folder, or ``package:NAME/FOLDER``, a folder inside an installed package.
         sha256: Hash that ``model.safetensors`` of a local checkpoint must have; not checked when absent.
+        layers: Keep only so many of its layers, from the first one on; all by default.
     """
 
     checkpoint: str
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    layers: int | None = Field(default=None, ge=1)
 
 
 DataSpec = str | dict[str, str | list[str]]
