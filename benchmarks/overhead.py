@@ -212,6 +212,31 @@ def measure(label: str, url: str | None, n_trials: int) -> None:
         )
 
 
+def dashboard(url: str, n_trials: int) -> None:
+    """Print how long ``lat-optuna dashboard`` takes to answer what a browser asks it."""
+    import threading
+    import urllib.request
+
+    from lat_optuna.dashboard import make_servers
+
+    study_id = study_of(url, n_trials)._study_id
+    (server,) = make_servers([url], port=0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    root = f"http://127.0.0.1:{server.server_address[1]}/api/studies"
+    for what, path in (
+        ("list of studies", ""),
+        ("all trials, for the first time", f"/{study_id}?after=0"),
+        ("all trials, again", f"/{study_id}?after=0"),
+        ("new trials, as a page polls", f"/{study_id}?after={n_trials}"),
+    ):
+        start = time.perf_counter()
+        size = len(urllib.request.urlopen(root + path, timeout=120).read())
+        took = time.perf_counter() - start
+        print(f"| {n_trials:,} | {what} | {took:.2f} | {size / 1e6:.1f} |", flush=True)
+    server.shutdown()
+    server.server_close()
+
+
 @contextmanager
 def storages(names: list[str], folder: Path) -> Iterator[dict[str, str | None]]:
     """URL by name of the storage."""
@@ -254,6 +279,11 @@ def main() -> None:
         for name, url in urls.items():
             for size in sizes:
                 measure(name, url, size)
+        if sqlite := urls.get("sqlite"):
+            print("\n| finished trials (SQLite) | the dashboard is asked for | seconds | MB |")
+            print("| ---: | --- | ---: | ---: |", flush=True)
+            for size in sizes:
+                dashboard(sqlite, size)
 
 
 if __name__ == "__main__":

@@ -208,6 +208,7 @@ def _storage(url: str) -> BaseStorage:
     import optuna
     import sqlalchemy
 
+    from lat_optuna.search.rdb import LeanStorage
     from lat_optuna.search.storage import BUSY_TIMEOUT, open_storage
 
     if not url.startswith("sqlite"):
@@ -217,5 +218,5 @@ def _storage(url: str) -> BaseStorage:
         raise FileNotFoundError(f"{path}: no such database; run the search first")
     open_storage(url)  # says what is wrong with the file
     # A worker's storage takes the lock for writing even to read. A dashboard reads all the time and must not.
-    plain = optuna.storages.RDBStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
+    plain = LeanStorage(url, engine_kwargs={"connect_args": {"timeout": BUSY_TIMEOUT}})
     return optuna.storages.get_storage(plain)
