@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def work(search: Search, barrier: Any, told: Any) -> None:
         barrier.wait(300)
         started.append(time.monotonic())
 
-    own = Search(search.storage, search.name, make, search.make_plan, search.n_trials, search.reproducible)
+    own = replace(search, make_evaluator=make)
     run_worker(own, on_join=join)
     told.put((started[0], timed[0].spells))
 
@@ -75,7 +76,7 @@ def measure(search: Search, workers: int) -> dict[str, float]:
     crew = [context.Process(target=work, args=(search, barrier, told)) for _ in range(workers)]
     for process in crew:
         process.start()
-    reports = [told.get(timeout=600) for _ in crew]
+    reports = [told.get(timeout=120) for _ in crew]
     for process in crew:
         process.join()
     start = max(began for began, _ in reports)

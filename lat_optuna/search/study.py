@@ -299,6 +299,7 @@ class Ledger:
         self._metrics: dict[int, float] = {}
         self._scores: dict[int, str] = {}
         self._read = 0
+        self._last_own: int | None = None
         self._live: dict[int, FrozenTrial] = {}
         self._finished_slots: set[int] = set()
         self._finished_lengths: set[tuple[int, ...]] = set()
@@ -418,10 +419,12 @@ class Ledger:
             self._check_failures()
             if self._next_slot() is None:
                 return None
-            with turn(self._storage, self.study._study_id) if self._live else nullcontext(True) as alone:
-                if self._live:
+            # While nobody adds trials but us there is nobody to take turns with.
+            alone = not self._live and self._last_own == self._read - 1
+            with nullcontext(True) if alone else turn(self._storage, self.study._study_id) as undisturbed:
+                if not alone:
                     self.refresh()
-                slot = self._next_slot(alone)
+                slot = self._next_slot(undisturbed)
                 if slot is None:
                     continue
                 proposal = self._propose(slot)
@@ -433,11 +436,11 @@ class Ledger:
             if claim is not None:
                 return claim
 
-    def _next_slot(self, alone: bool = True) -> int | None:
+    def _next_slot(self, undisturbed: bool = True) -> int | None:
         """The slot to claim now, if there is one.
 
         Args:
-            alone: Whether nobody else claims at the same time. Otherwise any free slot of the generation is drawn, so
+            undisturbed: Whether nobody else claims meanwhile. Otherwise any free slot of the generation is drawn, so
                 that few who look at the same time take the same. (A lone worker sees no others and takes the first.)
         """
         free = self._free_slots()
@@ -447,7 +450,7 @@ class Ledger:
         slots = self.plan.slots_of(self.plan.generation_of(first))
         if self.reproducible and self._first_open < slots.start:
             return None
-        if alone or not self._live:
+        if undisturbed or not self._live:
             return first
         return random.choice([first, *takewhile(lambda slot: slot in slots, free)])
 
@@ -480,6 +483,7 @@ class Ledger:
             # Nobody has added a trial since we looked, so that nobody can have taken the slot or the configuration.
             trial.number, trial._trial_id = seen, trial_id
             self._live[seen] = trial
+            self._last_own = seen
             self._read = seen + 1
             return Claim(trial_id, seen, slot, proposal.config)
         self.refresh()
