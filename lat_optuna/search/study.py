@@ -299,7 +299,7 @@ class Ledger:
         self._metrics: dict[int, float] = {}
         self._scores: dict[int, str] = {}
         self._read = 0
-        self._last_own: int | None = None
+        self._claimed = self._company = False
         self._live: dict[int, FrozenTrial] = {}
         self._finished_slots: set[int] = set()
         self._finished_lengths: set[tuple[int, ...]] = set()
@@ -313,6 +313,7 @@ class Ledger:
         self._pulses: dict[int, _Pulse] = {}
         self._generations_written = 0
         self.refresh()
+        self._company = bool(self._live)
         self._since = self._read if since is None else since
 
     # ------------------------------------------------------------------ reading
@@ -323,6 +324,8 @@ class Ledger:
             trials = self._try(lambda: self.study.get_trials(deepcopy=False))
         for number in [*self._live, *range(self._read, len(trials))]:
             trial = trials[number]
+            if number >= self._read:
+                self._company |= trial.user_attrs.get("worker") != str(self.worker)
             if trial.state.is_finished():
                 self._live.pop(number, None)
                 self._fold(trial)
@@ -419,8 +422,8 @@ class Ledger:
             self._check_failures()
             if self._next_slot() is None:
                 return None
-            # While nobody adds trials but us there is nobody to take turns with.
-            alone = not self._live and self._last_own == self._read - 1
+            # While nobody has added a trial but us there is nobody to take turns with.
+            alone = self._claimed and not self._company
             with nullcontext(True) if alone else turn(self._storage, self.study._study_id) as undisturbed:
                 if not alone:
                     self.refresh()
@@ -434,6 +437,7 @@ class Ledger:
                     return None
                 claim = self._take(slot, proposal)
             if claim is not None:
+                self._claimed = True
                 return claim
 
     def _next_slot(self, undisturbed: bool = True) -> int | None:
@@ -483,7 +487,6 @@ class Ledger:
             # Nobody has added a trial since we looked, so that nobody can have taken the slot or the configuration.
             trial.number, trial._trial_id = seen, trial_id
             self._live[seen] = trial
-            self._last_own = seen
             self._read = seen + 1
             return Claim(trial_id, seen, slot, proposal.config)
         self.refresh()
