@@ -20,41 +20,63 @@ import numpy as np
 from searches import Landscape
 
 from lat_optuna.files import write_json
-from lat_optuna.search.racing import LOOKS, Racing
+from lat_optuna.search.racing import LOOKS, Racing, Rival
+from lat_optuna.search.study import NEIGHBOURS
 
-VARIANTS: dict[str, tuple[float, ...]] = {
-    "default": LOOKS,
-    "four looks": (1 / 8, 1 / 4, 1 / 2, 3 / 4),
-    "fifteen looks": tuple(k / 16 for k in range(1, 16)),
+VARIANTS: dict[str, tuple[tuple[float, ...], int]] = {
+    "default": (LOOKS, NEIGHBOURS),
+    "without neighbours": (LOOKS, 0),
+    "seven looks": (tuple(k / 8 for k in range(1, 8)), NEIGHBOURS),
 }
+"""Name -> looks, and points of the front that a rival brings along."""
 
 
 def replay(
-    landscape: Landscape, runs: Sequence[Sequence[dict[str, Any]]], score: str, racing: Racing, initial: int
+    landscape: Landscape,
+    runs: Sequence[Sequence[dict[str, Any]]],
+    score: str,
+    racing: Racing,
+    initial: int,
+    neighbours: int,
 ) -> dict[str, float]:
     """Counts over all runs: trials that raced, were abandoned, belonged on the front, were lost; work done of all."""
     counts = dict.fromkeys(("raced", "abandoned", "belonged", "lost", "work", "full_work"), 0.0)
     for trials in runs:
-        front: list[tuple[float, np.ndarray, float]] = []  # cost, scores, mean; dominated ones stay: the best is taken
+        complete: list[dict[str, Any]] = []
         for slot, trial in enumerate(trials):
             scores = landscape.scores[tuple(trial["lengths"])][score].astype(np.float64)
             mean, cost, examples = float(np.nanmean(scores)), trial["cost"], len(scores)
-            cheaper = [member for member in front if member[0] <= cost]
+            front = [
+                one
+                for one in complete
+                if not any(
+                    (other["cost"], -other["mean"]) < (one["cost"], -one["mean"]) and other["mean"] >= one["mean"]
+                    for other in complete
+                )
+            ]
+            cheaper = [one for one in front if one["cost"] <= cost]
             seen = examples
             if slot >= initial and cheaper:
                 counts["raced"] += 1
-                rival = max(cheaper, key=lambda member: member[2])
-                belongs = mean > rival[2]
+                best = max(cheaper, key=lambda one: one["mean"])
+                belongs = mean > best["mean"]
                 counts["belonged"] += belongs
-                order, differences = racing.order(examples), scores - rival[1]
+                near = sorted(
+                    (one for one in front if one is not best),
+                    key=lambda one: sum(abs(a - b) for a, b in zip(one["lengths"], trial["lengths"], strict=True)),
+                )[:neighbours]
+                rival = Rival(0, score, best["scores"], [one["scores"] for one in near])
+                order = racing.order(examples)
                 for stop in racing.stops(examples):
-                    if racing.is_lost(differences[order[:stop]], examples):
+                    so_far = np.full(examples, np.nan)
+                    so_far[order[:stop]] = scores[order[:stop]]
+                    if racing.is_lost(so_far, rival):
                         seen = stop
                         counts["abandoned"] += 1
                         counts["lost"] += belongs
                         break
             if seen == examples:
-                front.append((cost, scores, mean))
+                complete.append({**trial, "scores": scores, "mean": mean})
             counts["work"] += cost * seen / examples
             counts["full_work"] += cost
     return counts
@@ -89,11 +111,12 @@ def main() -> None:
         landscape = Landscape(Path(f"{base}.{split}.npz"))
         runs = [run["trials"] for run in stored.values()]
         for score in ("metric", "probability"):
-            for variant, looks in VARIANTS.items():
+            for variant, (looks, neighbours) in VARIANTS.items():
                 total: dict[str, float] = {}
                 for seed in range(arguments.orders):
                     racing = Racing(looks=looks, seed=seed)
-                    for name, value in replay(landscape, runs, score, racing, arguments.initial).items():
+                    counts = replay(landscape, runs, score, racing, arguments.initial, neighbours)
+                    for name, value in counts.items():
                         total[name] = total.get(name, 0.0) + value
                 examples = len(next(iter(landscape.scores.values()))[score])
                 row = {

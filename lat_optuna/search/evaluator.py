@@ -158,12 +158,16 @@ class StandInEvaluator:
 
     def race(self, config: LengthConfig, rival: Rival) -> Evaluation | Abandoned:
         """See :class:`Evaluator`."""
+        import numpy as np
+
         assert self.racing is not None
         evaluation = self.evaluate(config)
         ours, order = evaluation.by_example["metric"], self.racing.order(len(rival.scores))
         for stop in self.racing.stops(len(rival.scores)):
             seen = order[:stop]
-            if self.racing.is_lost(ours[seen] - rival.scores[seen], len(ours)):
+            so_far = np.full(len(ours), np.nan)
+            so_far[seen] = ours[seen]
+            if self.racing.is_lost(so_far, rival):
                 return Abandoned(stop, float(ours[seen].mean()), {}, evaluation.seconds)
         return evaluation
 
@@ -392,7 +396,7 @@ class ModelEvaluator:
             seen[chunk.examples] = True
             if rival is not None and self.racing is not None and number < len(self._chunks):
                 name = self.metric_name if rival.metric == "metric" else rival.metric
-                if self.racing.is_lost((columns[name] - rival.scores)[seen], self.num_examples):
+                if self.racing.is_lost(columns[name], rival):
                     metric, details = self._means(columns, seen, whole)
                     return Abandoned(int(seen.sum()), metric, details, seconds=0.0)
         metric, details = self._means(columns, seen, whole)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ALPHA = 0.01
 """Largest chance of losing a configuration that belongs on the front."""
-LOOKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4)
+LOOKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 """Shares of the examples after which a configuration may be abandoned."""
 FEWEST = 50
 """No look at fewer examples than this."""
@@ -30,11 +30,13 @@ class Rival:
         number: Its trial.
         metric: What the search selects by, as in :meth:`lat_optuna.search.evaluator.Evaluation.score`.
         scores: That, of every example, in the order of the split; NaN where an example has none.
+        neighbours: The same of other points, those most like the configuration; ``[points, examples]``.
     """
 
     number: int
     metric: str
     scores: np.ndarray
+    neighbours: Sequence[np.ndarray] = ()
 
 
 @dataclass(frozen=True)
@@ -42,17 +44,23 @@ class Racing:
     """When a configuration is abandoned.
 
     A configuration belongs on the front if its mean over all ``N`` examples is above that of its rival. Examples come
-    in one random order, the same for all, so that after ``n`` of them the differences between the two, example by
-    example, are a sample without replacement of all ``N`` differences: their mean ``d`` has the standard error
-    ``s / sqrt(n) * sqrt(1 - n / N)``, with ``s`` the standard deviation of the differences. The configuration is
-    abandoned when ``d`` lies more than ``t`` such errors below 0, ``t`` being Student's quantile at ``alpha / K``, with
-    ``K`` looks in all (Bonferroni: however the looks depend on each other, the chances of K errors add up to no more
-    than ``alpha``). So one whose mean is as high as its rival's or higher is lost with a chance of at most ``alpha``:
-    of nearly all of those that do belong, far less, since they are better than equal.
+    in one random order, the same for all, so that after ``n`` of them those seen are a sample without replacement. The
+    mean ``d`` over all examples of the differences between the two is estimated from it in one of two ways:
+
+    - by the sample's own mean, with the standard error ``s / sqrt(n) * sqrt(1 - n / N)``, ``s`` being the standard
+      deviation of the differences, example by example;
+    - where the scores say something of nearly every example (probabilities do, right and wrong do not), by regression
+      on the rival and the neighbours, all of whose scores are known: what they explain of the configuration's scores
+      needs no sampling, and ``s`` is that of the residuals alone. (Cochran, Sampling Techniques, chapter 7.)
+
+    The configuration is abandoned when ``d`` lies more than ``t`` standard errors below 0, ``t`` being Student's
+    quantile at ``alpha / K``, with ``K`` looks in all (Bonferroni: however the looks depend on each other, the chances
+    of K errors add up to no more than ``alpha``). So one whose mean is as high as its rival's or higher is lost with a
+    chance of at most ``alpha``: of nearly all of those that do belong, far less, since they are better than equal.
 
     Student's quantile takes means of samples for normal, which they are not when all that speaks for a configuration
-    lies in a few examples: a first look may miss them. Against that, one more difference is added to every sample, as
-    large as the largest and in favour of the configuration. How many configurations are lost on real models is counted
+    lies in a few examples: a first look may miss them. Against that, one more example is added to every sample, as far
+    off as the farthest and in favour of the configuration. How many configurations are lost on real models is counted
     by ``benchmarks/racing.py``.
 
     Args:
@@ -76,23 +84,35 @@ class Racing:
         counts = (math.ceil(share * examples) for share in self.looks)
         return [*sorted({count for count in counts if FEWEST <= count < examples}), examples]
 
-    def is_lost(self, differences: np.ndarray, examples: int) -> bool:
+    def is_lost(self, scores: np.ndarray, rival: Rival) -> bool:
         """Whether a configuration is to be abandoned.
 
         Args:
-            differences: Configuration less rival, of the examples that were seen.
-            examples: ``N``, how many there are.
+            scores: Of every example, as ``rival.scores``; NaN where it has not been seen.
+            rival: What the configuration has to beat.
         """
         import numpy as np
 
-        seen = differences[~np.isnan(differences)]
-        n = len(seen)
-        if not FEWEST <= n < examples or not seen.any():
+        known = ~np.isnan(rival.scores)
+        seen = known & ~np.isnan(scores)
+        n, examples = int(seen.sum()), int(known.sum())
+        differences = scores[seen] - rival.scores[seen]
+        if not FEWEST <= n < examples or not differences.any():
             return False
-        padded = np.append(seen, np.abs(seen).max())
-        error = float(padded.std(ddof=1)) / math.sqrt(n) * math.sqrt(1 - n / examples)
+        mean, residuals, fitted = float(differences.mean()), differences - differences.mean(), 1
+        largest = float(np.abs(differences).max())
+        if len(rival.neighbours) and np.count_nonzero(differences) > n / 2:
+            columns = np.stack([np.ones(examples), *(one[known] for one in (rival.scores, *rival.neighbours))])
+            sample = columns[:, seen[known]]
+            weights = np.linalg.lstsq(sample.T, scores[seen], rcond=None)[0]
+            mean = float((weights @ columns).mean() - rival.scores[known].mean())
+            residuals, fitted = scores[seen] - weights @ sample, len(columns)
+            largest = float(np.abs(residuals).max())
+        unseen = 1 - n / examples
+        variance = (float(residuals @ residuals) + largest**2) / (n - fitted)
+        error = math.sqrt(variance / n * unseen * (1 + fitted / n))
         looks = max(1, len(self.stops(examples)) - 1)
-        return float(padded.mean()) < -_student(1 - self.alpha / looks, n) * error
+        return mean + largest / n * unseen < -_student(1 - self.alpha / looks, n - fitted) * error
 
 
 def _student(probability: float, degrees: int) -> float:

@@ -38,6 +38,8 @@ HANDED_BACK = "handed back"
 DIED = "died"
 SCORES = "scores"
 """System attribute of trials that were on the front when they finished: scores example by example, for racing."""
+NEIGHBOURS = 4
+"""Points of the front that a race's rival brings along."""
 MAX_FAILURES_OF_CONFIG = 3
 MAX_FAILURES_IN_A_ROW = 10
 BEAT_SECONDS = 5.0
@@ -596,7 +598,10 @@ class Ledger:
         best = max(cheaper, key=lambda one: one.metric, default=None)
         if best is None or best.number not in self._scores:
             return None
-        return Rival(best.number, self.metric, unpack(self._scores[best.number]))
+        others = [one for one in front if one is not best and one.number in self._scores]
+        others.sort(key=lambda one: (_distance(one.config, claim.config), one.slot))
+        neighbours = [unpack(self._scores[one.number]) for one in others[:NEIGHBOURS]]
+        return Rival(best.number, self.metric, unpack(self._scores[best.number]), neighbours)
 
     def fail(self, claim: Claim, reason: str) -> bool:
         """End a trial as failed; its slot is free again."""
@@ -697,6 +702,10 @@ class Ledger:
 
     def _try(self, call: Any) -> Any:
         return retrying(call, self.patience, f"the storage of study {self.study.study_name!r}")
+
+
+def _distance(one: LengthConfig, other: LengthConfig) -> int:
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def _slot(trial: FrozenTrial) -> int | None:

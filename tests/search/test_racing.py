@@ -20,11 +20,19 @@ from lat_optuna.tasks.text_classification import TextClassification
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
+def lost_at(racing: Racing, scores: np.ndarray, rival: Rival) -> int | None:
+    """How many examples were seen when a race was lost."""
+    order = racing.order(len(scores))
+    for stop in racing.stops(len(scores)):
+        seen = np.full(len(scores), np.nan)
+        seen[order[:stop]] = scores[order[:stop]]
+        if racing.is_lost(seen, rival):
+            return stop
+    return None
+
+
 def lost(racing: Racing, differences: np.ndarray) -> bool:
-    """Whether a race is lost at any look."""
-    order = racing.order(len(differences))
-    stops = racing.stops(len(differences))
-    return any(racing.is_lost(differences[order[:stop]], len(differences)) for stop in stops)
+    return lost_at(racing, differences, Rival(0, "metric", np.zeros(len(differences)))) is not None
 
 
 def accuracy(rng, examples, better, worse):
@@ -57,14 +65,34 @@ def test_what_is_clearly_worse_is_abandoned_at_a_first_look_and_what_is_equal_is
     rng = np.random.default_rng(0)
     racing = Racing()
     worse = accuracy(rng, 2000, better=10, worse=200)
-    first = racing.stops(2000)[0]
-    assert racing.is_lost(worse[racing.order(2000)[:first]], 2000) or lost(racing, worse)
+    assert lost_at(racing, worse, Rival(0, "metric", np.zeros(2000))) == racing.stops(2000)[0]
     assert not lost(racing, np.zeros(2000))
-    assert not racing.is_lost(worse, 2000)  # all were seen: nothing is abandoned any more
+    assert not racing.is_lost(worse, Rival(0, "metric", np.zeros(2000)))  # all were seen: nothing is left to abandon
+
+
+def relatives(rng, examples, gain):
+    """Probabilities of a configuration, whose mean is ``gain`` above its rival's, and of others like it."""
+    common = rng.uniform(5, 95, examples)
+    styles = rng.normal(0, 3, (4, examples))
+    rival, *neighbours = (common + weights @ styles for weights in rng.normal(0, 1, (5, 4)))
+    scores = common + rng.normal(0, 1, 4) @ styles + rng.normal(0, 0.3, examples)
+    return scores + rival.mean() - scores.mean() + gain, Rival(0, "probability", rival, neighbours)
+
+
+def test_neighbours_show_sooner_what_is_worse_and_lose_no_more_of_what_is_not():
+    rng = np.random.default_rng(0)
+    orders = 1000
+    scores, rival = relatives(rng, 2000, gain=1e-6)
+    count = sum(lost_at(Racing(seed=seed), scores, rival) is not None for seed in range(orders))
+    assert count <= 0.01 * orders + 3 * np.sqrt(0.01 * orders)
+    scores, rival = relatives(rng, 2000, gain=-0.3)
+    alone = Rival(0, "probability", rival.scores)
+    together = [lost_at(Racing(seed=seed), scores, rival) or 2000 for seed in range(20)]
+    assert np.mean(together) < 0.7 * np.mean([lost_at(Racing(seed=seed), scores, alone) or 2000 for seed in range(20)])
 
 
 def test_looks_rise_to_all_examples_and_are_not_at_a_handful():
-    assert Racing().stops(2000) == [125, 250, 500, 1000, 1500, 2000]
+    assert Racing().stops(2000) == [250, 500, 1000, 1500, 2000]
     assert Racing().stops(300) == [75, 150, 225, 300]
     assert Racing().stops(40) == [40]
     assert sorted(Racing().order(100)) == list(range(100))
