@@ -16,6 +16,7 @@ import click
 if TYPE_CHECKING:
     import optuna
 
+    from lat_optuna.deploy import Evaluated
     from lat_optuna.search.front import Baselines, Front
     from lat_optuna.search.worker import OnProgress, Progress
     from lat_optuna.spec import StudySpec
@@ -83,6 +84,23 @@ def _study_argument(function: Any) -> Any:
         help="Override a key of the study file: --set search.n_trials=600",
     )(function)
     return click.argument("study", type=click.Path(path_type=Path))(function)
+
+
+def _point_options(function: Any) -> Any:
+    """Options that choose a point of the front."""
+    positive = click.FloatRange(min=0, min_open=True)
+    for option in reversed(
+        (
+            click.option("--budget", type=positive, help="Most FLOPs, as a fraction of the dense model's."),
+            click.option("--latency-ms", type=positive, help="Longest latency, where latencies were measured."),
+            click.option("--no-loss", is_flag=True, help="The cheapest point that is as good as the standard model."),
+            click.option(
+                "--max-drop", type=click.FloatRange(min=0), help="The cheapest point that loses at most this much."
+            ),
+        )
+    ):
+        function = option(function)
+    return function
 
 
 def _load(study: Path, overrides: tuple[str, ...]) -> StudySpec:
@@ -199,14 +217,7 @@ def serve(url: str, host: str, port: int) -> None:
 
 @main.command()
 @_study_argument
-@click.option(
-    "--budget", type=click.FloatRange(min=0, min_open=True), help="Most FLOPs, as a fraction of the dense model's."
-)
-@click.option(
-    "--latency-ms", type=click.FloatRange(min=0, min_open=True), help="Longest latency, where latencies were measured."
-)
-@click.option("--no-loss", is_flag=True, help="The cheapest point that is as good as the standard model.")
-@click.option("--max-drop", type=click.FloatRange(min=0), help="The cheapest point that loses at most this much.")
+@_point_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 @click.option("--csv", "as_csv", is_flag=True, help="As CSV.")
 def front(study: Path, overrides: tuple[str, ...], **options: Any) -> None:
@@ -345,6 +356,120 @@ def dashboard(studies: tuple[Path, ...], overrides: tuple[str, ...], host: str, 
     serve([_load(study, overrides).storage for study in studies], host, port)
 
 
+@main.command()
+@_study_argument
+@_point_options
+@click.option("--config", help="A configuration instead: 128-110-96-...")
+@click.option("--front", "whole_front", is_flag=True, help="Every point of the front.")
+@click.option("--dense", is_flag=True, help="The length-adaptive model with nothing dropped.")
+@click.option(
+    "--split",
+    type=click.Choice(["search", "validation", "test"]),
+    help="Part of the study's data; by default validation.",
+)
+@click.option("--data", type=click.Path(path_type=Path), help="A file of your own instead, in the form of the study's.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def evaluate(
+    study: Path,
+    overrides: tuple[str, ...],
+    config: str | None,
+    whole_front: bool,
+    dense: bool,
+    split: Any,
+    data: Path | None,
+    as_json: bool,
+    **choice: Any,
+) -> None:
+    """Measure a point, the front or the dense model: metric with its standard error, FLOPs, latency."""
+    from lat_optuna import deploy, pipeline
+    from lat_optuna.length_config import LengthConfig
+    from lat_optuna.progress import progress
+
+    spec = _load(study, overrides)
+    choice = _choice(**choice)
+    if (config is not None) + whole_front + dense + bool(choice) != 1:
+        raise click.UsageError(
+            "name one thing to measure: a point (--budget, --latency-ms, --no-loss, --max-drop), --config, --front or "
+            "--dense"
+        )
+    if split and data:
+        raise click.UsageError("--split is a part of the study's data, --data is your own: give one of them")
+    configs: list[LengthConfig | None]
+    if dense:
+        configs = [None]
+    elif config is not None:
+        configs = [deploy.parse_config(config, spec.task.max_length, spec.search.retention)]
+    else:
+        if whole_front:
+            front = pipeline.load_front(spec)[1]
+            front.pick()  # says that there is nothing to measure
+            points = list(front.points)
+        else:
+            point, front = deploy.pick(spec, **choice)
+            points = [point]
+        configs = [LengthConfig(point.lengths, front.max_length, front.retention) for point in points]
+    with progress("evaluation", len(configs), "configurations") as update:
+        found = deploy.evaluate(spec, configs, split, data, update=update)
+    click.echo(_evaluated_json(found) if as_json else _evaluated_text(found))
+
+
+@main.command()
+@_study_argument
+@_point_options
+@click.option("--config", help="The configuration of a point of the front instead: 128-110-96-...")
+@click.option(
+    "--to",
+    "kind",
+    type=click.Choice(["hf", "onnx", "onnx-int8"]),
+    default="hf",
+    show_default=True,
+    help="A checkpoint for transformers; one ONNX file; the same in int8.",
+)
+@click.argument("out", type=click.Path(path_type=Path))
+def export(study: Path, overrides: tuple[str, ...], config: str | None, kind: Any, out: Path, **choice: Any) -> None:
+    """Write a point of the front as the folder OUT, to deploy: compared with torch, with a model card."""
+    from lat_optuna import deploy
+
+    spec = _load(study, overrides)
+    choice = _choice(**choice)
+    if (config is not None) == bool(choice):
+        raise click.UsageError("choose a point: --budget, --latency-ms, --no-loss or --max-drop; or --config")
+    point, front = deploy.pick(spec, config=config, **choice)
+    checks = deploy.export(spec, kind, out, point, front, lambda line: click.echo(f"export: {line}", err=True))
+    metric, latency = checks["metric"], checks["latency"]["ms"]
+    base = latency["dense_torch" if kind == "hf" else "dense_exported"]
+    click.echo(
+        f"{out}: {point.text} at {point.cost:.3f}x FLOPs; {checks['metric_name']} {metric['exported']:.2f} (torch "
+        f"{metric['torch']:.2f}, dense {metric['dense_torch']:.2f}), {checks['differing']} of {checks['examples']} "
+        f"answers differ from torch; {latency['exported']:.2f} ms an input, dense {base:.2f} ms "
+        f"({base / latency['exported']:.2f}x)"
+    )
+
+
+def _choice(budget: float | None, latency_ms: float | None, no_loss: bool, max_drop: float | None) -> dict[str, Any]:
+    """The options that choose a point, as :func:`lat_optuna.deploy.pick` takes them; empty if none was given."""
+    if no_loss and max_drop:
+        raise click.UsageError("--no-loss and --max-drop contradict each other; give one of them")
+    given = {"budget": budget, "latency_ms": latency_ms, "max_drop": 0.0 if no_loss else max_drop}
+    return {} if all(value is None for value in given.values()) else given
+
+
+def _evaluated_json(found: Evaluated) -> str:
+    import json
+    from dataclasses import asdict
+
+    return json.dumps(asdict(found), indent=1)
+
+
+def _evaluated_text(found: Evaluated) -> str:
+    lines = [f"{found.metric} on {found.data}, {found.examples:,} examples; latency of one input, {found.hardware}"]
+    for one in found.measurements:
+        error = "" if one.standard_error is None else f" ± {one.standard_error:.2f}"
+        latency = "" if one.latency_ms is None else f"  {one.latency_ms:.2f} ms (dense {one.dense_latency_ms:.2f} ms)"
+        lines.append(f"{one.metric:.2f}{error}  {one.flops_ratio:.3f}x{latency}  {one.configuration}")
+    return "\n".join(lines)
+
+
 def _train(spec: StudySpec) -> None:
     from lat_optuna import pipeline
     from lat_optuna.progress import progress
@@ -436,17 +561,13 @@ def _front(
 ) -> None:
     from lat_optuna import pipeline, summary
 
-    if no_loss and max_drop:
-        raise click.UsageError("--no-loss and --max-drop contradict each other; give one of them")
+    choice = _choice(budget, latency_ms, no_loss, max_drop)
     study, front, baselines = pipeline.load_front(spec)
     _tell_notices(study, front, spec)
-    max_drop = 0.0 if no_loss else max_drop
     point = None
-    if not (budget is None and latency_ms is None and max_drop is None):
+    if choice:
         dense = baselines.dense() if baselines else None
-        point = front.pick(
-            budget=budget, latency_ms=latency_ms, max_drop=max_drop, dense=dense.metric if dense else None
-        )
+        point = front.pick(**choice, dense=dense.metric if dense else None)
         front = replace(front, points=(point,))
     elif not (front.points or as_json or as_csv):
         front.pick()  # says that there is nothing to show, and what to do

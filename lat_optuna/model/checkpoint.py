@@ -68,6 +68,18 @@ class SideFile:
         """The point's configuration as a :class:`LengthConfig`."""
         return LengthConfig(point.lengths, self.max_length, self.retention)
 
+    def pick(self, budget: float | None = None, latency_ms: float | None = None) -> LengthConfig:
+        """The configuration of the best point within a budget: ``model.length_config = side.pick(budget=0.5)``.
+
+        Args:
+            budget: At most this fraction of the dense model's FLOPs.
+            latency_ms: At most this latency, for fronts whose points have one.
+
+        Raises:
+            ValueError: No point fits.
+        """
+        return self.config_of(_pick(self, budget, latency_ms))
+
 
 def write_side_file(folder: str | os.PathLike[str], side: SideFile) -> Path:
     """Write ``length_adaptive.json`` into a checkpoint's folder, atomically."""
@@ -190,7 +202,10 @@ def load(
     if budget is not None or latency_ms is not None:
         if side is None:
             raise ValueError(f"{folder} has no {SIDE_FILE}, hence no front to pick a budget from; run a search first")
-        config = side.config_of(_pick(side, budget, latency_ms, folder))
+        try:
+            config = side.pick(budget, latency_ms)
+        except ValueError as error:
+            raise ValueError(f"{folder / SIDE_FILE}: {error}") from None
     if auto_class is None:
         names = transformers.AutoConfig.from_pretrained(folder).architectures or ["AutoModel"]
         auto_class = getattr(transformers, names[0], None)
@@ -210,15 +225,15 @@ def _check_layers(side: SideFile, layers: int, what: str) -> None:
         raise ValueError(f"{what} is for a model of {side.num_layers} layers, this one has {layers}")
 
 
-def _pick(side: SideFile, budget: float | None, latency_ms: float | None, folder: Path) -> FrontPoint:
+def _pick(side: SideFile, budget: float | None, latency_ms: float | None) -> FrontPoint:
     """The best point within the budget, in what the search selected by; of equal ones the cheapest."""
     if not side.front:
-        raise ValueError(f"the front in {folder / SIDE_FILE} is empty; run a search first")
+        raise ValueError("the front of this checkpoint is empty; run a search first")
     points = list(side.front)
     if latency_ms is not None:
         points = [point for point in points if "latency_ms" in point.extra]
         if not points:
-            raise ValueError(f"no point in {folder / SIDE_FILE} has a latency; pick by budget=, or measure latencies")
+            raise ValueError("no point has a latency; pick by budget=, or measure latencies")
     fitting = [
         point
         for point in points
@@ -230,5 +245,5 @@ def _pick(side: SideFile, budget: float | None, latency_ms: float | None, folder
         cheapest = f"the cheapest costs {min(point.cost for point in points):.3g}x FLOPs"
         if latency_ms is not None:
             cheapest += f", the fastest takes {min(point.extra['latency_ms'] for point in points):.3g} ms"
-        raise ValueError(f"no point in {folder / SIDE_FILE} fits {' and '.join(wanted)}; {cheapest}")
+        raise ValueError(f"no point fits {' and '.join(wanted)}; {cheapest}")
     return max(fitting, key=lambda point: (point.extra.get("score", point.metric), -point.cost))

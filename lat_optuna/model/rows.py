@@ -10,7 +10,30 @@ def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
 
     Whole rows of a flat matrix are copied: on a CPU several times faster than ``gather`` with an expanded index.
     """
+    if torch.compiler.is_exporting():
+        return rows_at(values, rows)
     batch, width = values.shape[:2]
     flat = rows + torch.arange(0, batch * width, width, device=rows.device)[:, None]
     taken = values.reshape(batch * width, -1).index_select(0, flat.reshape(-1))
     return taken.view(batch, rows.size(1), *values.shape[2:])
+
+
+@torch.library.custom_op("lat_optuna::rows_at", mutates_args=())
+def rows_at(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """:func:`take_rows` with any number of batch dimensions: all of ``rows`` but its last. One node of a graph.
+
+    Args:
+        values: (..., width, rest).
+        rows: (..., kept).
+
+    Returns:
+        (..., kept, rest), a copy.
+    """
+    rest = values.shape[rows.dim() :]
+    index = rows.view(*rows.shape, *(1 for _ in rest)).expand(*rows.shape, *rest)
+    return values.gather(rows.dim() - 1, index)
+
+
+@rows_at.register_fake
+def _(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    return values.new_empty(*rows.shape, *values.shape[rows.dim() :])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lat_optuna.model.rows import take_rows
+from lat_optuna.model.rows import rows_at, take_rows
 
 BLOCK = 2**18
 """Probabilities of a block on a CPU: 1 MB. Larger ones leave the cache, and every fresh page of memory is a fault: at
@@ -203,10 +203,14 @@ def context_of_rows(
         (batch, kept, heads * head size) in the value's dtype.
     """
     batch, heads, queries, keys = probabilities.shape
-    per_head = rows[:, None].expand(-1, heads, -1).reshape(batch * heads, -1)
-    kept = take_rows(probabilities.view(batch * heads, queries, keys), per_head).to(value.dtype)
-    kept = torch.nn.functional.dropout(kept, dropout, training=dropout > 0)
-    context = kept.view(batch, heads, -1, keys) @ value
+    per_head = rows[:, None].expand(-1, heads, -1)
+    if torch.compiler.is_exporting():
+        kept = rows_at(probabilities, per_head)
+    else:
+        flat = probabilities.view(batch * heads, queries, keys)
+        kept = take_rows(flat, per_head.reshape(batch * heads, -1)).view(batch, heads, -1, keys)
+    kept = torch.nn.functional.dropout(kept.to(value.dtype), dropout, training=dropout > 0)
+    context = kept @ value
     return context.transpose(1, 2).flatten(2)
 
 
