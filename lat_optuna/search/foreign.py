@@ -17,6 +17,7 @@ from optuna.trial import TrialState, create_trial
 
 from lat_optuna.length_config import LengthConfig, parameter_names
 from lat_optuna.search.sampler import Candidate, Fronts, Proposal, SearchPlan
+from lat_optuna.search.surrogate import ScreenedPlan
 
 MAKE: dict[str, Callable[[int], BaseSampler]] = {
     "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed),
@@ -56,7 +57,12 @@ class ForeignPlan(SearchPlan):
         return self.drawn_by
 
     def choose(
-        self, slot: int, seen: Fronts, taken: Container[tuple[int, ...]], closed: bool = False
+        self,
+        slot: int,
+        seen: Fronts,
+        taken: Container[tuple[int, ...]],
+        running: Sequence[LengthConfig] = (),
+        closed: bool = False,
     ) -> Proposal | None:
         """See :meth:`SearchPlan.choose`."""
         generation = self.generation_of(slot)
@@ -80,11 +86,13 @@ class ForeignPlan(SearchPlan):
 
 
 def make_plan(sampler: str = "paper", **settings: Any) -> SearchPlan:
-    """The plan of a search by the name of its sampler: ``"paper"`` or one of :data:`MAKE`.
+    """The plan of a search by the name of its sampler: ``"default"``, ``"paper"`` or one of :data:`MAKE`.
 
     The inverse of :meth:`SearchPlan.settings`, but for the cost.
     """
-    return SearchPlan(**settings) if sampler == "paper" else ForeignPlan(drawn_by=sampler, **settings)
+    if sampler == "paper":
+        return SearchPlan(**settings)
+    return ScreenedPlan(**settings) if sampler == "default" else ForeignPlan(drawn_by=sampler, **settings)
 
 
 class _Mirror:
@@ -104,7 +112,9 @@ class _Mirror:
         objectives = 2 + len(finished[0].further) if finished else 2
         if self._study is None or not self._shown <= numbers or len(self._study.directions) != objectives:
             directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (objectives - 1)]
-            self._study, self._shown = optuna.create_study(directions=directions), set()
+            storage = optuna.storages.InMemoryStorage()
+            storage.create_new_study(directions, name := "mirror")  # without the log's line of create_study
+            self._study, self._shown = optuna.load_study(study_name=name, storage=storage), set()
         study = self._study
         for one in finished:
             if one.number not in self._shown:

@@ -248,7 +248,12 @@ class SearchPlan:
     # ------------------------------------------------------------------ proposals
 
     def choose(
-        self, slot: int, seen: Fronts, taken: Container[tuple[int, ...]], closed: bool = False
+        self,
+        slot: int,
+        seen: Fronts,
+        taken: Container[tuple[int, ...]],
+        running: Sequence[LengthConfig] = (),
+        closed: bool = False,
     ) -> Proposal | None:
         """What to evaluate in a slot, given what is visible: what a search asks.
 
@@ -256,6 +261,7 @@ class SearchPlan:
             slot: The slot.
             seen: The finished trials.
             taken: As in :meth:`propose`.
+            running: What is being evaluated.
             closed: Whether trials of this and later generations must not matter, whichever sampler it is.
 
         Returns:

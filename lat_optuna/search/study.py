@@ -461,10 +461,11 @@ class Ledger:
         return random.choice([first, *takewhile(lambda slot: slot in slots, free)])
 
     def _propose(self, slot: int) -> Proposal | None:
-        live = {config.lengths for config in map(self.config_of, self._live.values()) if config is not None}
+        running = [config for config in map(self.config_of, self._live.values()) if config is not None]
+        live = {config.lengths for config in running}
         excluded = {lengths for lengths, n in self._failures_of.items() if n >= MAX_FAILURES_OF_CONFIG}
         taken = Either(self._finished_lengths, live, excluded)
-        return self.plan.choose(slot, self._fronts, taken, closed=self.reproducible)
+        return self.plan.choose(slot, self._fronts, taken, running, closed=self.reproducible)
 
     def _take(self, slot: int, proposal: Proposal) -> Claim | None:
         """Create the trial, and look again: ``None`` if somebody else was faster."""

@@ -1,0 +1,252 @@
+"""Proposals that a surrogate of the metric has screened: the search's default, beside the paper's (section 3.2).
+
+What a configuration costs is known by arithmetic; what it scores is not, but changes little from one configuration to
+its neighbours. So a slot draws a pool of small moves from the front, and evaluates the one of which a Gaussian process
+of the finished trials expects the most: the largest expected gain of the area under the front.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import random
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.search.sampler import Candidate, Fronts, ParetoFront, Proposal, SearchPlan
+
+POOL = 200
+"""Candidates a slot. More help a little in the first 30 trials, and not later."""
+MOST_OBSERVATIONS = 400
+"""Trials that the process is fitted to: those nearest to the front. Keeps the time of a proposal flat."""
+SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+"""Distances, in units of ``max_length``, over which the metric may change; the likelihood chooses."""
+NUGGETS = (1e-4, 1e-2, 1e-1)
+"""Shares of the variation that neighbours do not have in common; the likelihood chooses."""
+RIDGE = 1e-3
+DIGITS = 9
+"""Expected gains are compared to so many decimals, so that rounding in another machine's BLAS decides nothing."""
+
+
+@dataclass(frozen=True)
+class ScreenedPlan(SearchPlan):
+    """A small initial population, then small generations of configurations that a surrogate has screened.
+
+    Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
+    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` moves from the front of earlier
+    generations: the paper's mutation, or a step of one to three layers. Configurations of the same generation that are
+    running or finished count as evaluated, with what the surrogate expects of them: so that slots do not crowd, and a
+    proposal stays a function of (seed, slot, visible trials).
+
+    With further objectives each slot weighs them and the cost against each other in its own way, at random.
+    """
+
+    num_initial: int = 8
+    num_mutations: int = 5
+    num_crossovers: int = 0
+    mutation_prob: float = 0.3
+
+    @property
+    def sampler(self) -> str:
+        """See :attr:`SearchPlan.sampler`."""
+        return "default"
+
+    def operation_of(self, slot: int) -> str:
+        """See :meth:`SearchPlan.operation_of`."""
+        return "constant ratio" if slot < self.num_initial else "screened"
+
+    def choose(
+        self,
+        slot: int,
+        seen: Fronts,
+        taken: Container[tuple[int, ...]],
+        running: Sequence[LengthConfig] = (),
+        closed: bool = False,
+    ) -> Proposal | None:
+        """See :meth:`SearchPlan.choose`."""
+        generation = self.generation_of(slot)
+        finished = seen.finished(generation)
+        if slot < self.num_initial or len(finished) < 2:
+            return self.propose(slot, (), taken)
+        rng = random.Random(f"{self.seed}/{slot}/screened")
+        parents = seen.before(generation)
+        pool = self._pool(parents, taken, rng)
+        if not pool:
+            return self.propose(slot, parents, taken)
+        configs = [config for config, _ in pool]
+        later = (one.config for one in seen.finished() if self.generation_of(one.slot) >= generation)
+        pending = sorted({*later, *running}, key=lambda config: config.lengths)
+        surrogate = self._surrogate(finished, parents)
+        mean, deviation = surrogate.predict(self._shares([*pending, *configs]))
+        price = self._prices(finished, rng)
+        front = ParetoFront()
+        for one in finished:
+            front.add(Candidate(one.slot, one.number, one.config, one.metric, price(one.cost, one.further)))
+        prices = [
+            price(self.cost_of(config), further)
+            for config, further in zip([*pending, *configs], mean[:, 1:], strict=True)
+        ]
+        for index, config in enumerate(pending):
+            front.add(Candidate(-1, -1, config, float(mean[index, 0]), prices[index]))
+        new = slice(len(pending), None)
+        highest = max(price(one.cost, one.further) for one in finished)
+        floor = min(one.metric for one in finished)
+        gains = expected_gain(front.members, mean[new, 0], deviation[new], np.array(prices[new]), highest, floor)
+        best = int(np.argmax(np.round(gains / (gains.max() or 1.0), DIGITS)))
+        config, parent = pool[best]
+        return Proposal(config, generation, "screened", (parent.number,))
+
+    def _pool(
+        self, parents: Sequence[Candidate], taken: Container[tuple[int, ...]], rng: random.Random
+    ) -> list[tuple[LengthConfig, Candidate]]:
+        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate]] = {}
+        for _ in range(4 * POOL):
+            parent = rng.choice(parents)
+            if rng.random() < 0.3:
+                config = parent.config.mutate(self.mutation_prob, rng)
+            else:
+                config = self._step(parent.config, rng)
+            if config.lengths not in taken and config.lengths not in pool and self.allows(config):
+                pool[config.lengths] = config, parent
+                if len(pool) == POOL:
+                    break
+        return list(pool.values())
+
+    def _step(self, config: LengthConfig, rng: random.Random) -> LengthConfig:
+        """One to three layers keep up to a third more or less; their neighbours give way."""
+        lengths = list(config.lengths)
+        for _ in range(rng.randint(1, 3)):
+            layer = rng.randrange(self.num_layers)
+            change = max(1, round(lengths[layer] * math.exp(rng.uniform(math.log(0.01), math.log(0.3)))))
+            lengths[layer] += change if rng.random() < 0.5 else -change
+        before, falling = self.max_length, []
+        for length in lengths:
+            before = max(1, min(before, length))
+            falling.append(before)
+        return LengthConfig(tuple(falling), self.max_length, self.retention)
+
+    def _shares(self, configs: Sequence[LengthConfig]) -> np.ndarray:
+        return np.array([config.lengths for config in configs], dtype=float) / self.max_length
+
+    def _prices(self, finished: Sequence[Candidate], rng: random.Random) -> Callable[[float, Sequence[float]], float]:
+        """What the metric is weighed against: the cost or, with further objectives, a mean of all of them."""
+        if not finished[0].further:
+            return lambda cost, further: cost
+        table = np.array([(one.cost, *one.further) for one in finished])
+        low, width = table.min(0), np.maximum(np.ptp(table, axis=0), 1e-12)
+        draws = [-math.log(1.0 - rng.random()) for _ in low]  # uniform over the weights that sum to one
+        weights = np.array(draws) / sum(draws)
+        return lambda cost, further: float(weights @ ((np.array([cost, *further]) - low) / width))
+
+    def _surrogate(self, finished: Sequence[Candidate], front: Sequence[Candidate]) -> Surrogate:
+        """Fitted to the finished trials, or to those of them that lie nearest to the front."""
+        if len(finished) > MOST_OBSERVATIONS:
+            costs = [one.cost for one in front]
+            best = list(itertools.accumulate((one.metric for one in front), max))
+
+            def distance(one: Candidate) -> float:
+                place = bisect.bisect_right(costs, one.cost)
+                return (best[place - 1] if place else best[0]) - one.metric
+
+            finished = sorted(finished, key=lambda one: (distance(one), one.slot))[:MOST_OBSERVATIONS]
+        numbers = tuple(one.number for one in finished)
+        if self._fitted.get("numbers") != numbers:
+            values = np.array([(one.metric, *one.further) for one in finished])
+            self._fitted["numbers"] = numbers
+            self._fitted["surrogate"] = Surrogate(self._shares([one.config for one in finished]), values)
+        return self._fitted["surrogate"]
+
+    @cached_property
+    def _fitted(self) -> dict[str, Any]:
+        """The last surrogate, and what it was fitted to: the slots of a generation share it."""
+        return {}
+
+
+class Surrogate:
+    """A Gaussian process of the metric over kept shares: a trend, and what neighbours have in common.
+
+    The trend is quadratic in every layer. The kernel falls as ``exp(-distance)``: what counts right answers changes by
+    single examples, so that two configurations differ in proportion to their distance however near they are.
+
+    Args:
+        x: Kept shares, shape ``(n, L)``.
+        y: Metric, then any further objectives, shape ``(n, 1 + k)``. Scale and nugget are chosen for the metric.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
+        self._x = x
+        self._mean, self._unit = y.mean(0), y.std(0) + 1e-9
+        y = (y - self._mean) / self._unit
+        distance, trend = _distance(x, x), _trend(x)
+        likelihood = -math.inf
+        for scale, nugget in itertools.product(SCALES, NUGGETS):
+            factor = np.linalg.cholesky(np.exp(-distance / scale) + (nugget + 1e-8) * np.eye(len(x)))
+            white = np.linalg.solve(factor, np.concatenate([trend, y], 1))
+            a, b = white[:, : trend.shape[1]], white[:, trend.shape[1] :]
+            normal = a.T @ a + RIDGE * np.eye(trend.shape[1])
+            weights = np.linalg.solve(normal, a.T @ b)
+            rest = b - a @ weights
+            variance = (rest[:, 0] @ rest[:, 0] + RIDGE * weights[:, 0] @ weights[:, 0]) / len(x) + 1e-9
+            fit = -0.5 * len(x) * math.log(variance) - np.log(np.diag(factor)).sum()
+            if round(fit, 6) > likelihood:
+                likelihood = round(fit, 6)
+                self._scale, self._variance, self._weights = scale, variance, weights
+                inverse = np.linalg.inv(factor)
+                self._whitened, self._normal, self._inverse = a, np.linalg.inv(normal), inverse
+                self._alpha = inverse.T @ rest
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Expected values, shape ``(m, 1 + k)``, and the standard deviation of the metric, shape ``(m,)``."""
+        kernel, trend = np.exp(-_distance(x, self._x) / self._scale), _trend(x)
+        mean = (trend @ self._weights + kernel @ self._alpha) * self._unit + self._mean
+        explained = kernel @ self._inverse.T
+        beyond = trend - explained @ self._whitened
+        variance = 1.0 - (explained**2).sum(1) + ((beyond @ self._normal) * beyond).sum(1)
+        return mean, np.sqrt(np.maximum(variance, 1e-9) * self._variance) * self._unit[0]
+
+
+def expected_gain(
+    front: Sequence[Candidate], mean: np.ndarray, deviation: np.ndarray, cost: np.ndarray, highest: float, floor: float
+) -> np.ndarray:
+    """By how much the area under a front is expected to grow.
+
+    Args:
+        front: Its members in rising cost.
+        mean: Expected metrics of the candidates, shape ``(m,)``.
+        deviation: Their standard deviations.
+        cost: Their costs.
+        highest: Cost up to which the area counts.
+        floor: Metric that counts where no member is cheap enough.
+
+    Returns:
+        Metric times cost, shape ``(m,)``.
+    """
+    ends = np.array([one.cost for one in front] + [highest])
+    starts = np.concatenate([[-math.inf], ends[:-1]])
+    heights = np.array([floor] + [one.metric for one in front])
+    width = np.maximum(0.0, ends - np.maximum(starts, cost[:, None]))
+    z = (mean[:, None] - heights) / deviation[:, None]
+    density = np.exp(-0.5 * z**2) / math.sqrt(2 * math.pi)
+    improvement = deviation[:, None] * (z * _normal_cdf(z) + density)
+    return (width * improvement).sum(1)
+
+
+_erf = np.vectorize(math.erf, otypes=[float])
+
+
+def _normal_cdf(z: np.ndarray) -> np.ndarray:
+    return 0.5 * (1.0 + _erf(z / math.sqrt(2)))
+
+
+def _trend(x: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.ones((len(x), 1)), x, x * x], 1)
+
+
+def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
