@@ -1,14 +1,14 @@
 """Landscapes for comparing samplers: a trained model on at most 500 examples, measured once a configuration.
 
-What was measured lies in a file that all samplers, seeds and runs share (:class:`Measured`). Where an hour of a small
-machine does not buy enough evaluations, :class:`Emulated` fits every example's margin to what was measured: a landscape
-made of real ones, and named as such.
+What was measured lies in a file that all samplers, seeds and runs share (:class:`Measured`). Where an hour of a
+small machine does not buy enough evaluations, :class:`Emulated` fits every example's answers to what was measured: a
+landscape made of real ones, and named as such.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,57 +92,63 @@ class Measured:
                     predictions[row] = prediction
                 log_probs[batch.rows] = task.log_probs(output, batch.tensors).double().numpy()
         scores = task.score_examples(ev.split, range(len(self._owners)), predictions)[ev.metric_name]
-        row = {
+        return {
             "metric": float(scores.mean()),
             "probability": 100 * float(np.nanmean(np.exp(log_probs))),
             "scores": [round(float(score), 2) for score in scores],
             "log_probs": [round(float(value), 4) for value in log_probs],
         }
-        if predictions[0].ndim == 1:  # a classifier: by how much the right class leads
-            labels = np.array(ev._features["labels"])
-            logits = np.stack(predictions)
-            right = logits[np.arange(len(labels)), labels]
-            logits[np.arange(len(labels)), labels] = -np.inf
-            row["margins"] = [round(float(value), 3) for value in right - logits.max(1)]
-        return row
 
 
 class Emulated:
-    """Every example's margin as a Gaussian process of the lengths, fitted to what was measured of the model.
+    """Every example's log-odds of the right answer as a Gaussian process of the lengths, fitted to what was measured.
 
-    Accuracy counts the margins above zero, so that the landscape has the steps, the plateaus and the luck of the real
-    one between the measured configurations, and its values at them.
+    An example counts as right where its log-odds lie above what separates its right answers from its wrong ones in the
+    measurements. So the landscape has the steps, the plateaus and the luck of the real one between the configurations
+    that were measured, and nearly its values at them.
+
+    Args:
+        measured: The landscape; says what configurations cost.
+        stored: Further measurements of ``searches.py``: ``NAME.WAY.search.npz``.
+        scale: Length scale of the kernel, in units of ``max_length``.
+        nugget: Share of the variation that neighbours do not have in common.
     """
 
-    def __init__(self, measured: Measured, scale: float = 0.8, nugget: float = 1e-3) -> None:
-        rows = measured.rows()
-        self.name, self.p = f"{measured.name} (emulated from {len(rows)} measured)", measured.p
+    def __init__(
+        self, measured: Measured, stored: Sequence[Path] = (), scale: float = 0.8, nugget: float = 1e-3
+    ) -> None:
+        known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        for path in stored:
+            with np.load(path) as arrays:
+                parts = (arrays[name][:, : measured.examples].astype(float) for name in ("metric", "probability"))
+                for lengths, right, probability in zip(arrays["lengths"].tolist(), *parts, strict=True):
+                    known[tuple(lengths)] = right, probability
+        for row in measured.rows():
+            known[tuple(row["lengths"])] = np.array(row["scores"]), np.exp(np.array(row["log_probs"]))
+        self.name, self.p = f"{measured.name}, emulated from {len(known)} measured configurations", measured.p
         self.num_layers, self.max_length = measured.num_layers, measured.max_length
         self.retention, self.cost = measured.retention, measured.cost
-        self._x = np.array([row["lengths"] for row in rows]) / self.max_length
+        right = np.array([pair[0] for pair in known.values()]) > 50
+        clipped = np.clip(np.array([pair[1] for pair in known.values()]), 1e-4, 1 - 1e-4)
+        odds = np.log(clipped / (1 - clipped))
+        low = np.where(right, odds, np.inf).min(0)  # an example's least certain right answer
+        high = np.where(right, -np.inf, odds).max(0)  # its most certain wrong one
+        self._bar = np.where(np.isinf(low), np.inf, np.where(np.isinf(high), -np.inf, (low + high) / 2))
+        self._x = np.array(list(known)) / self.max_length
         self._scale = scale
-        self._weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        factor = np.linalg.cholesky(self._kernel(self._x) + nugget * np.eye(len(rows)))
-        for name in ("margins", "log_probs"):
-            y = np.array([row[name] for row in rows])
-            trend = np.linalg.lstsq(_trend(self._x), y, rcond=None)[0]
-            rest = y - _trend(self._x) @ trend
-            self._weights[name] = (trend, np.linalg.solve(factor.T, np.linalg.solve(factor, rest)))
+        self._trend = np.linalg.lstsq(_trend(self._x), odds, rcond=None)[0]
+        factor = np.linalg.cholesky(self._kernel(self._x) + nugget * np.eye(len(known)))
+        rest = odds - _trend(self._x) @ self._trend
+        self._weights = np.linalg.solve(factor.T, np.linalg.solve(factor, rest))
         self._known: dict[tuple[int, ...], tuple[float, float]] = {}
 
     def value(self, config: LengthConfig, metric: str = "metric") -> float:
         """As :meth:`Measured.value`."""
         if config.lengths not in self._known:
             x = np.array([config.lengths]) / self.max_length
-            kernel = self._kernel(x, self._x)
-            margins, log_probs = (
-                (_trend(x) @ trend + kernel @ weights)[0]
-                for trend, weights in (self._weights["margins"], self._weights["log_probs"])
-            )
-            self._known[config.lengths] = (
-                100 * float((margins > 0).mean()),
-                100 * float(np.exp(np.minimum(log_probs, 0)).mean()),
-            )
+            odds = (_trend(x) @ self._trend + self._kernel(x, self._x) @ self._weights)[0]
+            probability = 1 / (1 + np.exp(-odds))
+            self._known[config.lengths] = 100 * float((odds > self._bar).mean()), 100 * float(probability.mean())
         return self._known[config.lengths][metric == "probability"]
 
     def _kernel(self, a: np.ndarray, b: np.ndarray | None = None) -> np.ndarray:
@@ -152,15 +158,3 @@ class Emulated:
 
 def _trend(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(x), 1)), x, x * x], 1)
-
-
-def seen_in_training(landscape: Any, count: int, seed: int = 0) -> Iterable[LengthConfig]:
-    """Configurations as LengthDrop draws them, the constant ratios first."""
-    import random
-
-    rng = random.Random(seed)
-    shape: Sequence[Any] = (landscape.num_layers, landscape.max_length)
-    for step in range(12):
-        yield LengthConfig.constant_ratio(round(landscape.p * step / 11, 4), *shape, landscape.retention)
-    for _ in range(count - 12):
-        yield LengthConfig.length_drop(landscape.p * rng.random() ** 0.5, *shape, rng, landscape.retention)

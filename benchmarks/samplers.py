@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     spec = load_spec(arguments.study, [*arguments.set, "search.precision=bf16"])
     measured = Measured(spec, arguments.examples, arguments.memo)
-    landscape = Emulated(measured) if arguments.emulated else measured
+    landscape = Emulated(measured, arguments.stored) if arguments.emulated else measured
     low = plan_for(landscape, "paper", 0).lowest_cost
     file = (
         arguments.results / f"{spec.name}-{measured.examples}-{arguments.metric}{'-emulated' * arguments.emulated}.json"
@@ -205,6 +205,7 @@ def main() -> None:
     runs.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     runs.add_argument("--seeds", type=int, default=5)
     runs.add_argument("--emulated", action="store_true")
+    runs.add_argument("--stored", type=Path, nargs="*", default=(), help="further measurements, of searches.py")
     runs.set_defaults(function=run)
     tables = commands.add_parser("table")
     tables.add_argument("--picture", type=Path)

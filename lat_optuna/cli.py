@@ -165,7 +165,7 @@ def train(study: Path, overrides: tuple[str, ...]) -> None:
 @_workers
 @_devices
 @click.option(
-    "--sampler", help="Who draws: paper, nsga2, nsga3, tpe, gp or random; short for --set search.sampler=NAME."
+    "--sampler", help="Who draws: default, paper, nsga2, nsga3, tpe, gp or random; short for --set search.sampler=NAME."
 )
 def search(
     study: Path, overrides: tuple[str, ...], workers: int | None, devices: str | None, sampler: str | None

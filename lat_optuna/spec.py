@@ -157,11 +157,19 @@ class TrainingSpec(_Section):
 
 
 class SearchSpec(_Section):
-    """The search (paper: section 3.2). The defaults are the paper's run: 22 + 30 x (30 + 30) trials.
+    """The search (paper: section 3.2).
 
     Attributes:
         preset: Sets what the other keys are by default; ``paper`` is everything as in the paper.
-        sampler: Who draws configurations: ``paper`` is its evolutionary search, the others are Optuna's.
+        sampler: Who draws configurations. ``default`` screens small moves with a surrogate, ``paper`` is the paper's
+            evolutionary search, the others are Optuna's.
+        n_trials: How many configurations are evaluated: 300 or, as the next four with another sampler than the default
+            one, the paper's number: 22 + 30 x (30 + 30).
+        num_initial: Constant-ratio configurations that come first: 8, or the paper's 22.
+        num_mutations: Slots of a generation: 5, or the paper's 30. With ``reproducible``, no more workers than this
+            have something to do.
+        num_crossovers: Further slots of a generation: 0, or the paper's 30.
+        mutation_prob: Chance of a layer to mutate: 0.3, or the paper's 0.5.
         metric: What the search selects by, on the search split: ``metric``, the task's own that people see, or
             ``probability``, the mean probability of the right answers, which is smoother.
         racing: Abandon configurations that cannot join the front before they have seen all examples, at a chance of at
@@ -170,7 +178,7 @@ class SearchSpec(_Section):
     """
 
     preset: Literal["default", "paper"] = "default"
-    sampler: Literal["paper", "nsga2", "nsga3", "tpe", "gp", "random"] = "paper"
+    sampler: Literal["default", "paper", "nsga2", "nsga3", "tpe", "gp", "random"] = "default"
     n_trials: int = Field(default=1822, ge=1)
     num_initial: int = Field(default=22, ge=2)
     num_mutations: int = Field(default=30, ge=1)
@@ -187,11 +195,25 @@ class SearchSpec(_Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, values: Any) -> Any:
-        return PAPER | values if isinstance(values, dict) and values.get("preset") == "paper" else values
+        if not isinstance(values, dict):
+            return values
+        if values.get("preset") == "paper":
+            values = PAPER | values
+        return SCREENED | values if values.get("sampler", "default") == "default" else values
 
 
 PAPER: dict[str, Any] = {"sampler": "paper", "racing": False}
 """What ``preset: paper`` sets in the section ``search``, where the study file does not say otherwise."""
+
+
+SCREENED: dict[str, Any] = {
+    "n_trials": 300,
+    "num_initial": 8,
+    "num_mutations": 5,
+    "num_crossovers": 0,
+    "mutation_prob": 0.3,
+}
+"""What the sampler ``default`` sets there; the keys' own defaults are the paper's."""
 
 
 class StudySpec(_Section):

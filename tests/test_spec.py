@@ -31,11 +31,21 @@ def test_the_shipped_studies_are_valid(path):
     assert spec.storage == f"sqlite:///runs/{path.stem}/study.db"
 
 
-def test_the_papers_search_is_the_default(small):
-    search = load_spec(small).search
+def test_a_preset_is_the_papers_search(small):
+    search = load_spec(small, ["search.preset=paper"]).search
+    assert search.sampler == "paper"
     assert (search.num_initial, search.num_mutations, search.num_crossovers) == (22, 30, 30)
     assert search.mutation_prob == 0.5
     assert search.n_trials == 22 + 30 * (30 + 30)
+
+
+def test_the_default_search_is_screened_and_smaller(small):
+    search = load_spec(small, ["search={seed: 3}"]).search
+    assert search.sampler == "default"
+    assert (search.num_initial, search.num_mutations, search.num_crossovers) == (8, 5, 0)
+    assert search.n_trials == 300
+    assert load_spec(small, ["search={preset: paper, sampler: default}"]).search.num_initial == 8
+    assert load_spec(small, ["search={sampler: tpe}"]).search.num_initial == 22
 
 
 def test_overrides_win_over_the_file(small):

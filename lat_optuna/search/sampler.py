@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler, RandomSampler
@@ -342,11 +342,14 @@ class ParetoFront:
 
     def __init__(self) -> None:
         self._costs: list[float] = []
-        self._members: list[Candidate] = []  # in rising cost, hence in rising metric
+        self._members: list[Candidate] = []  # in rising cost, hence in rising metric if there are no further objectives
 
     def add(self, new: Candidate) -> None:
         """Take a candidate in, unless it is dominated; drop those that it dominates."""
-        if math.isnan(new.metric) or math.isnan(new.cost):
+        if any(map(math.isnan, (new.metric, new.cost, *new.further))):
+            return
+        if new.further:
+            self._add_one_by_one(new)
             return
         place = bisect.bisect_right(self._costs, new.cost)
         if place:
@@ -361,10 +364,21 @@ class ParetoFront:
         self._costs[start:end] = [new.cost]
         self._members[start:end] = [new]
 
+    def _add_one_by_one(self, new: Candidate) -> None:
+        if not any(_dominates(one, new) for one in self._members):
+            kept = [one for one in self._members if not _dominates(new, one)]
+            self._members[:] = sorted([*kept, new], key=lambda one: (one.cost, one.slot))
+
     @property
     def members(self) -> Sequence[Candidate]:
         """The front in rising cost. Not a copy: do not change it."""
         return self._members
+
+
+def _dominates(one: Candidate, other: Candidate) -> bool:
+    """Whether a candidate is at least as good in everything, and better in something or an equal of a lower slot."""
+    mine, its = ((-x.metric, x.cost, *x.further) for x in (one, other))
+    return all(a <= b for a, b in zip(mine, its, strict=True)) and (mine != its or one.slot <= other.slot)
 
 
 class Fronts:
@@ -419,7 +433,7 @@ class Either(Container[tuple[int, ...]]):
 
 
 class LengthConfigSampler(BaseSampler):
-    """The paper's evolutionary search in any Optuna program.
+    """The search in any Optuna program.
 
     The objective suggests ``trial.suggest_int("length_01", 1, max_length)`` and so on for every layer and returns the
     metric and, as the second objective, the cost; directions are the study's. Lengths come out non-increasing.
@@ -432,14 +446,18 @@ class LengthConfigSampler(BaseSampler):
         seed: Of every draw.
         p: LengthDrop probability of the training: no proposal costs less than ``smallest(p)``.
         cost: Configuration to number, rising with every length; by default the sum of the lengths.
+        preset: ``"paper"``, its evolutionary search, which needs nothing but this module, or ``"default"``, which
+            screens small moves with a surrogate (``surrogate.py``) and needs a fraction of the trials.
         retention: As in :class:`LengthConfig`; matters to ``cost`` alone.
-        num_initial: Constant-ratio configurations of the initial population.
+        max_cost: No proposal costs more, where this is given.
+        num_initial: Constant-ratio configurations of the initial population; like all sizes the preset's by default.
         num_mutations: Mutations a generation.
         num_crossovers: Crossovers a generation.
         mutation_prob: Chance of a layer to mutate.
 
     Example:
-        >>> study = optuna.create_study(directions=["maximize", "minimize"], sampler=LengthConfigSampler(6, 128))
+        >>> sampler = LengthConfigSampler(6, 128, preset="default")
+        >>> study = optuna.create_study(directions=["maximize", "minimize"], sampler=sampler)
         >>> study.optimize(objective, n_trials=100)
     """
 
@@ -451,23 +469,36 @@ class LengthConfigSampler(BaseSampler):
         p: float = 0.2,
         cost: Cost | None = None,
         *,
+        preset: Literal["default", "paper"] = "paper",
         retention: Retention = "relative",
-        num_initial: int = 22,
-        num_mutations: int = 30,
-        num_crossovers: int = 30,
-        mutation_prob: float = 0.5,
+        max_cost: float | None = None,
+        num_initial: int | None = None,
+        num_mutations: int | None = None,
+        num_crossovers: int | None = None,
+        mutation_prob: float | None = None,
     ) -> None:
-        self.plan = SearchPlan(
+        if preset not in ("default", "paper"):
+            raise ValueError(f"preset must be 'default' or 'paper', not {preset!r}")
+        kind: type[SearchPlan] = SearchPlan
+        if preset == "default":
+            from lat_optuna.search.surrogate import ScreenedPlan
+
+            kind = ScreenedPlan
+        sizes = {
+            "num_initial": num_initial,
+            "num_mutations": num_mutations,
+            "num_crossovers": num_crossovers,
+            "mutation_prob": mutation_prob,
+        }
+        self.plan = kind(
             num_layers=num_layers,
             max_length=max_length,
             retention=retention,
             seed=seed,
             p=p,
-            num_initial=num_initial,
-            num_mutations=num_mutations,
-            num_crossovers=num_crossovers,
-            mutation_prob=mutation_prob,
+            max_cost=max_cost,
             cost=cost,
+            **{name: size for name, size in sizes.items() if size is not None},  # type: ignore[arg-type]
         )
         self._space: dict[str, BaseDistribution] = {
             name: IntDistribution(1, max_length) for name in parameter_names(num_layers)
@@ -522,7 +553,8 @@ class LengthConfigSampler(BaseSampler):
             if self._seen is None or not self._seen.belongs_to(study):
                 self._seen = _Seen(self.plan, study)
             self._seen.update()
-            proposal = self.plan.choose(trial.number, self._seen.fronts, self._seen.taken())
+            running = self._seen.running()
+            proposal = self.plan.choose(trial.number, self._seen.fronts, self._seen.taken(running), running)
         # A plain study goes on when everything has been evaluated; what is repeated then is of no consequence.
         return self.plan.smallest if proposal is None else proposal.config
 
@@ -559,10 +591,13 @@ class _Seen:
                 self.fronts.add(self._candidate(trial, config))
         self._read = len(trials)
 
-    def taken(self) -> Container[tuple[int, ...]]:
+    def running(self) -> list[LengthConfig]:
+        """What other trials are evaluating."""
+        return [config for config in map(self._config, self._running.values()) if config is not None]
+
+    def taken(self, running: Sequence[LengthConfig]) -> Container[tuple[int, ...]]:
         """Lengths of what other trials have evaluated or are evaluating."""
-        running = map(self._config, self._running.values())
-        return Either(self._finished, {config.lengths for config in running if config is not None})
+        return Either(self._finished, {config.lengths for config in running})
 
     def _config(self, trial: FrozenTrial) -> LengthConfig | None:
         plan = self._plan
@@ -572,5 +607,6 @@ class _Seen:
 
     def _candidate(self, trial: FrozenTrial, config: LengthConfig) -> Candidate:
         metric = self._signs[0] * trial.values[0]
-        cost = -self._signs[1] * trial.values[1] if len(self._signs) > 1 else self._plan.cost_of(config)
-        return Candidate(trial.number, trial.number, config, metric, cost)
+        rest = [-sign * value for sign, value in zip(self._signs[1:], trial.values[1:], strict=True)]
+        cost, *further = rest or [self._plan.cost_of(config)]
+        return Candidate(trial.number, trial.number, config, metric, cost, tuple(further))
