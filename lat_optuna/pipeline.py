@@ -594,6 +594,7 @@ def _try_to_publish(spec: StudySpec) -> None:
 
 def search_of(spec: StudySpec) -> Search:
     """A study's search as its workers take it."""
+    from lat_optuna.search.study import Stop
     from lat_optuna.search.worker import Search
 
     return Search(
@@ -605,6 +606,7 @@ def search_of(spec: StudySpec) -> Search:
         metric=spec.search.metric,
         racing=spec.races,
         reproducible=spec.search.reproducible,
+        stop=None if spec.search.stop_epsilon is None else Stop(spec.search.stop_epsilon, spec.search.stop_generations),
     )
 
 

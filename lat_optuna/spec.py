@@ -174,6 +174,8 @@ class SearchSpec(_Section):
             ``probability``, the mean probability of the right answers, which is smoother.
         racing: Abandon configurations that cannot join the front before they have seen all examples, at a chance of at
             most 1 % of losing one that could; see :class:`lat_optuna.search.racing.Racing`. Not with Optuna's samplers.
+        stop_epsilon: End before ``n_trials`` when the area under the front has not grown by more than this ...
+        stop_generations: ... in so many generations (Figure 4: the paper's search has about 15 until then).
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
     """
 
@@ -186,6 +188,8 @@ class SearchSpec(_Section):
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
     metric: Literal["metric", "probability"] = "metric"
     racing: bool = True
+    stop_epsilon: float | None = Field(default=None, ge=0)
+    stop_generations: int = Field(default=15, ge=1)
     max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"

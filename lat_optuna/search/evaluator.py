@@ -71,12 +71,15 @@ class Abandoned:
         metric: The task's metric on these.
         details: Further figures, likewise.
         seconds: Wall time.
+        score: What the search selects by, on all examples as far as one can tell: the rival's plus the mean difference
+            to it. (The examples seen may be easy ones or hard ones, for both.)
     """
 
     examples: int
     metric: float
     details: Mapping[str, float]
     seconds: float
+    score: float
 
 
 class Evaluator(Protocol):
@@ -168,7 +171,8 @@ class StandInEvaluator:
             so_far = np.full(len(ours), np.nan)
             so_far[seen] = ours[seen]
             if self.racing.is_lost(so_far, rival):
-                return Abandoned(stop, float(ours[seen].mean()), {}, evaluation.seconds)
+                score = float(rival.scores.mean() + (ours - rival.scores)[seen].mean())
+                return Abandoned(stop, float(ours[seen].mean()), {}, evaluation.seconds, score)
         return evaluation
 
     @staticmethod
@@ -397,8 +401,10 @@ class ModelEvaluator:
             if rival is not None and self.racing is not None and number < len(self._chunks):
                 name = self.metric_name if rival.metric == "metric" else rival.metric
                 if self.racing.is_lost(columns[name], rival):
+                    differences = (columns[name] - rival.scores)[seen]
                     metric, details = self._means(columns, seen, whole)
-                    return Abandoned(int(seen.sum()), metric, details, seconds=0.0)
+                    score = float(np.nanmean(rival.scores) + np.nanmean(differences))
+                    return Abandoned(int(seen.sum()), metric, details, seconds=0.0, score=score)
         metric, details = self._means(columns, seen, whole)
         by_example = {}
         if self.racing is not None:

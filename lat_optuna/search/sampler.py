@@ -393,6 +393,7 @@ class Fronts:
     def __init__(self, plan: SearchPlan) -> None:
         self._plan = plan
         self._finished: list[Candidate] = []
+        self._abandoned: list[Candidate] = []
         self._fronts: dict[int, ParetoFront] = {}
 
     def add(self, candidate: Candidate) -> None:
@@ -402,6 +403,15 @@ class Fronts:
         for generation, front in self._fronts.items():
             if own < generation:
                 front.add(candidate)
+
+    def add_abandoned(self, candidate: Candidate) -> None:
+        """Take in what was seen of a trial that could not join the front: it is no parent, but teaches something."""
+        self._abandoned.append(candidate)
+
+    def abandoned(self, generation: int) -> Sequence[Candidate]:
+        """Those of generations below ``generation``, in the order of their slots."""
+        found = (one for one in self._abandoned if self._plan.generation_of(one.slot) < generation)
+        return sorted(found, key=lambda one: one.slot)
 
     def finished(self, generation: int | None = None) -> Sequence[Candidate]:
         """All finished trials, or those of generations below ``generation``, in the order of their slots."""

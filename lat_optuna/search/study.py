@@ -10,7 +10,7 @@ import socket
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -249,7 +249,32 @@ class Claim:
     config: LengthConfig
 
 
-Standing = Literal["open", "done", "exhausted"]
+Standing = Literal["open", "done", "exhausted", "converged"]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a search ends before its budget is used up (Figure 4: about 15 generations in the paper).
+
+    Attributes:
+        epsilon: The area under the front has to grow by more than this, in the unit of what the search selects by ...
+        generations: ... within so many generations.
+    """
+
+    epsilon: float
+    generations: int
+
+    def reason(self, areas: Sequence[float]) -> str:
+        """Why a search with these areas, one after each closed generation, is to end; empty if it is not."""
+        if len(areas) <= self.generations:
+            return ""
+        grown = areas[-1] - areas[-1 - self.generations]
+        if grown > self.epsilon:
+            return ""
+        return (
+            f"the area under the front has grown by {grown:.4g} in the last {self.generations} generations, and was to "
+            f"grow by more than {self.epsilon:g}"
+        )
 
 
 class Ledger:
@@ -265,6 +290,7 @@ class Ledger:
         worker: Who claims; by default this process.
         device: Device that the trials are marked with.
         reproducible: Propose only when all earlier generations are finished.
+        stop: When to end before the budget is used up.
         since: Failures of trials below this number are forgiven; by default those before now.
         grace: Seconds without a sign of life after which a worker is held for dead.
         patience: Seconds for which a lost connection is tried again.
@@ -279,6 +305,7 @@ class Ledger:
         worker: WorkerId | None = None,
         device: str = "cpu",
         reproducible: bool = False,
+        stop: Stop | None = None,
         since: int | None = None,
         grace: float = GRACE_SECONDS,
         patience: float = PATIENCE,
@@ -293,7 +320,9 @@ class Ledger:
         self.reproducible = reproducible
         self.grace = grace
         self.patience = patience
+        self.stop = stop
         self.standing: Standing = "open"
+        self.reason = ""
         self._storage = study._storage
         attrs = self._try(lambda: study.user_attrs)
         self._low = float(attrs["low"])
@@ -314,6 +343,7 @@ class Ledger:
         self._fronts = Fronts(plan)
         self._pulses: dict[int, _Pulse] = {}
         self._generations_written = 0
+        self._areas: list[float] = []
         self.refresh()
         self._company = bool(self._live)
         self._since = self._read if since is None else since
@@ -366,6 +396,8 @@ class Ledger:
             if SCORES in trial.system_attrs:
                 self._scores[trial.number] = trial.system_attrs[SCORES]
             self._fronts.add(Candidate(slot, trial.number, config, score, cost, tuple(further), marks))
+        elif "score" in (seen := trial.user_attrs.get("pruned", {})):
+            self._fronts.add_abandoned(Candidate(slot, trial.number, config, seen["score"], seen["cost"]))
 
     def config_of(self, trial: FrozenTrial) -> LengthConfig | None:
         """A trial's configuration, or ``None`` if it lacks lengths."""
@@ -408,7 +440,8 @@ class Ledger:
 
         Returns:
             A running trial; or ``None``, and ``standing`` says why: ``"open"`` (all slots are being worked on, or the
-            generation has to close first: ask again soon), ``"done"`` or ``"exhausted"``.
+            generation has to close first: ask again soon), ``"done"``, ``"exhausted"`` or ``"converged"``. The study's
+            attribute ``ended`` then says why.
 
         Raises:
             SearchError: Ten trials in a row have failed.
@@ -419,7 +452,11 @@ class Ledger:
             self._end_dead_trials()
             self._write_generations()
             if self._first_open >= self.n_trials:
-                self.standing = "done"
+                self._ended("done", f"all {self.n_trials} trials are finished")
+                return None
+            if self.stop is not None and (reason := self.stop.reason(self._areas)):
+                # Trials that others run are finished by them; whoever asks next, now or in another run, ends as well.
+                self._ended("converged", reason)
                 return None
             self._check_failures()
             if self._next_slot() is None:
@@ -435,12 +472,20 @@ class Ledger:
                 proposal = self._propose(slot)
                 if proposal is None:
                     # A running trial may yet fail and give its configuration back.
-                    self.standing = "open" if self._live else "exhausted"
+                    if self._live:
+                        return None
+                    self._ended("exhausted", "every configuration in range has been evaluated")
                     return None
                 claim = self._take(slot, proposal)
             if claim is not None:
                 self._claimed = True
                 return claim
+
+    def _ended(self, standing: Standing, reason: str) -> None:
+        self.standing, self.reason = standing, reason
+        ended = {"why": reason, "trials": self.done}
+        if self._try(lambda: self.study.user_attrs).get("ended") != ended:
+            self._try(lambda: self.study.set_user_attr("ended", ended))
 
     def _next_slot(self, undisturbed: bool = True) -> int | None:
         """The slot to claim now, if there is one.
@@ -573,6 +618,7 @@ class Ledger:
             "examples": abandoned.examples,
             "metric": abandoned.metric,
             **abandoned.details,
+            "score": abandoned.score,
             "cost": self.plan.cost_of(claim.config),
             "seconds": round(abandoned.seconds, 4),
         }
@@ -680,6 +726,7 @@ class Ledger:
             # A row is a function of the trials: workers that write at the same time write the same.
             rows = rows + [self._generation_row(generation) for generation in range(len(rows), closed)]
             self._try(lambda: self.study.set_user_attr("generations", rows))
+        self._areas = [float(row["auc"]) for row in rows[:closed]]
         self._generations_written = closed
 
     def _generation_row(self, generation: int) -> dict[str, float]:

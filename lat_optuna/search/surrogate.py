@@ -82,7 +82,8 @@ class ScreenedPlan(SearchPlan):
         configs = [config for config, _ in pool]
         later = (one.config for one in seen.finished() if self.generation_of(one.slot) >= generation)
         pending = sorted({*later, *running}, key=lambda config: config.lengths)
-        surrogate = self._surrogate(finished, parents)
+        abandoned = [] if finished[0].further else seen.abandoned(generation)
+        surrogate = self._surrogate([*finished, *abandoned], parents)
         mean, deviation = surrogate.predict(self._shares([*pending, *configs]))
         price = self._prices(finished, rng)
         front = ParetoFront()

@@ -31,6 +31,7 @@ from lat_optuna.search.study import (
     Ledger,
     SearchError,
     Standing,
+    Stop,
     open_study,
     plan_of,
 )
@@ -81,10 +82,12 @@ class Ended:
 
     Attributes:
         standing: ``"done"``: the budget is used up. ``"exhausted"``: every configuration in range was evaluated.
+            ``"converged"``: the area under the front grew no more.
         done: Finished trials of the budget.
         total: The budget.
         here: Those that finished during this run.
         seconds: For how long this run worked.
+        reason: Why it ended, in a sentence.
     """
 
     standing: Standing
@@ -92,11 +95,15 @@ class Ended:
     total: int
     here: int
     seconds: float
+    reason: str = ""
 
     def __str__(self) -> str:
         count = f"{self.done} of {self.total} trials"
         if self.standing == "exhausted":
             count = f"every configuration in the trained range has been evaluated: {count} were possible"
+        elif self.standing == "converged":
+            count = f"ended early after {count}: {self.reason}"
+            return f"{count} ({self.here} trials in {self.seconds:.0f} s)" if self.here else count
         elif not self.here:
             return f"{count}: nothing left to do"
         return f"{count}, {self.here} of them in {self.seconds:.0f} s"
@@ -117,6 +124,8 @@ class Search:
             example.
         reproducible: Propose only when all earlier generations are finished: the same trials with any number of
             workers.
+        stop: When to end before the budget is used up. A run that goes on with a search asks anew: where it still
+            holds, nothing is evaluated; without it, or with another, the search goes on.
         beat: Seconds between a worker's signs of life.
         grace: Seconds without one after which a worker is held for dead.
         patience: Seconds for which a lost connection to the storage is tried again.
@@ -131,6 +140,7 @@ class Search:
     metric: str = "metric"
     racing: bool = False
     reproducible: bool = False
+    stop: Stop | None = None
     beat: float = BEAT_SECONDS
     grace: float = GRACE_SECONDS
     patience: float = PATIENCE
@@ -174,6 +184,7 @@ def run_worker(
             search.n_trials,
             device=device,
             reproducible=search.reproducible,
+            stop=search.stop,
             since=search.since,
             grace=search.grace,
             patience=search.patience,
@@ -264,7 +275,9 @@ class _Meter:
 
     def ended(self, standing: Standing | None = None) -> Ended:
         ledger, seconds = self._ledger, time.monotonic() - self._start
-        return Ended(standing or ledger.standing, ledger.done, ledger.n_trials, ledger.done - self._before, seconds)
+        standing = standing or ledger.standing
+        reason = ledger.reason or ledger.study.user_attrs.get("ended", {}).get("why", "")
+        return Ended(standing, ledger.done, ledger.n_trials, ledger.done - self._before, seconds, reason)
 
 
 class _Heart(threading.Thread):

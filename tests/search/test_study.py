@@ -13,7 +13,7 @@ import pytest
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search import study as study_module
-from lat_optuna.search.evaluator import Evaluation, StandInEvaluator
+from lat_optuna.search.evaluator import Abandoned, Evaluation, StandInEvaluator
 from lat_optuna.search.front import generations, points_of
 from lat_optuna.search.sampler import Candidate, Fronts, SearchPlan
 from lat_optuna.search.study import (
@@ -21,6 +21,7 @@ from lat_optuna.search.study import (
     LOST_CLAIM,
     Ledger,
     SearchError,
+    Stop,
     WorkerId,
     _describe,
     load_study,
@@ -509,3 +510,55 @@ def test_a_missing_study_is_named_beside_those_that_there_are(tmp_path):
     open_study(url, "yours", EVALUATOR, PLAN)
     with pytest.raises(ValueError, match="no study 'mine': it holds yours"):
         load_study(url, "mine")
+
+
+# ---------------------------------------------------------------------- ending early
+
+
+def test_a_search_ends_when_the_area_grows_no_more_and_the_study_says_so():
+    study = in_memory()
+    ledger = ledger_of(study, 400, stop=Stop(0.01, 3))
+    done = work(ledger)
+    assert ledger.standing == "converged"
+    areas = [row["auc"] for row in study.user_attrs["generations"]]
+    grown = [after - before for before, after in zip(areas, areas[3:], strict=False)]
+    assert grown[-1] <= 0.01 < min(grown[:-1])  # at the first moment when the rule holds
+    assert done == PLAN.slots_of(len(areas) - 1).stop == ledger.done < 400
+    assert study.user_attrs["ended"] == {"why": ledger.reason, "trials": done}
+    assert "in the last 3 generations" in ledger.reason
+
+
+def test_a_search_that_ended_early_goes_on_only_if_asked_to():
+    study = in_memory()
+    done = work(ledger_of(study, 60, stop=Stop(0.5, 2)))
+    assert 0 < done < 60
+    assert work(ledger_of(study, 60, stop=Stop(0.5, 2))) == 0
+    assert work(ledger_of(study, 60)) == 60 - done
+    assert table(study) == unbroken(60)
+    assert study.user_attrs["ended"] == {"why": "all 60 trials are finished", "trials": 60}
+
+
+def test_whoever_runs_a_trial_when_the_search_ends_early_finishes_it():
+    study = in_memory()
+    first, second = (ledger_of(study, 60, worker, stop=Stop(100.0, 1)) for worker in (0, 1))
+    work(first, 9)
+    held = [second.claim(), first.claim()]
+    assert [claim.slot for claim in held] == [9, 10]
+    finish(second, held[0])
+    assert second.claim() is None
+    assert second.standing == "converged"
+    finish(first, held[1])
+    assert first.claim() is None
+    assert first.done == 11
+
+
+def test_an_abandoned_trial_teaches_and_is_no_parent():
+    study = in_memory()
+    ledger = ledger_of(study, 30)
+    work(ledger, 4)
+    claim = ledger.claim()
+    ledger.prune(claim, Abandoned(50, 40.0, {}, 0.1, 41.5))
+    ledger.refresh()
+    (seen,) = ledger._fronts.abandoned(2)
+    assert (seen.config, seen.metric, seen.cost) == (claim.config, 41.5, EVALUATOR.cost(claim.config))
+    assert seen.config not in [one.config for one in ledger._fronts.finished()]
