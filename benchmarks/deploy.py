@@ -8,7 +8,7 @@ dense model of BERT-base's size with random weights. Four steps, results go to W
     python benchmarks/deploy.py time     STUDY --ratio 0.25 --work WORK    latencies; on an otherwise idle machine
     python benchmarks/deploy.py table    WORK/*.json                       all of it as Markdown
 
-`--model standard` takes the plainly fine-tuned model where the length-adaptive one is not trained yet.
+`--model` takes the plainly fine-tuned model (standard) or a checkpoint, where the length-adaptive one is not trained.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from time import perf_counter, process_time
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ class Case:
         if options.model == "standard":
             self.model: Any = adapt(self.task.build_model(str(self.spec.standard_folder)))
         else:
-            self.model = load(self.spec.adaptive_folder)
+            self.model = load(self.spec.adaptive_folder if options.model == "length_adaptive" else options.model)
         self.model.eval()
         layers, longest = self.model.config.num_hidden_layers, self.spec.task.max_length
         if options.config:
@@ -125,15 +126,17 @@ def equality(case: Case) -> None:
         case.note(equality=found, metric=case.task.metric_name, examples=len(given[name]))
 
 
-def time(case: Case, sizes: list[int], rounds: int, count: int) -> None:
+def time(case: Case, sizes: list[int], rounds: int, count: int, cpu: bool) -> None:
     """Latencies in turns; ``count`` batches of one, a quarter as many larger ones."""
     found: dict[str, Any] = {}
     runs = case.runs() | {"base torch": base_sized(type(case.model).__name__)}
     for size in sizes:
-        timing = measure(runs, sample_batches(case.task, SPLIT, size, count if size == 1 else count // 4), rounds)
+        batches = sample_batches(case.task, SPLIT, size, count if size == 1 else count // 4)
+        timing = measure(runs, batches, rounds, clock=process_time if cpu else perf_counter)
         found[str(size)] = {"ms": dict(timing.milliseconds), "tokens": timing.tokens, "threads": timing.threads}
+        found[str(size)] |= {"rounds": rounds, "clock": "CPU time" if cpu else "wall time"}
         print(size, {name: round(ms, 2) for name, ms in timing.milliseconds.items()}, flush=True)
-        case.note(time=found)
+        case.note(**{"cpu_time" if cpu else "time": found})
 
 
 def base_sized(head: str) -> Any:
@@ -149,8 +152,9 @@ def table(paths: list[Path]) -> str:
     for path in paths:
         case = json.loads(path.read_text())
         lines += [f"## {case['study']}: {case['config']}, {case['cost']:.3f}x FLOPs ({case['model']} model)", ""]
-        times, equal = case.get("time", {}), case.get("equality", {})
+        times, equal = case.get("time") or case.get("cpu_time", {}), case.get("equality", {})
         heads = [f"batch {size}, {t['tokens']:.0f} tokens: ms" for size, t in times.items()]
+        clocks = {f"{t['clock']}, {t['threads']} threads, medians of {t['rounds']} in turns" for t in times.values()}
         lines.append("| |" + "".join(f" {head} | over BERT-base |" for head in heads))
         lines[-1] += f" {case.get('metric', 'metric')} (%) | answers that differ |"
         lines.append("| --- |" + " ---: |" * (2 * len(heads) + 2))
@@ -170,7 +174,7 @@ def table(paths: list[Path]) -> str:
                 f"{kind} {ms[f'{kind} dense'] / ms[f'{kind} adaptive']:.2f}x" for kind in ("torch", "onnx", "int8")
             )
             lines.append(f"Length-adaptive over dense, batch {size}: {gains}.")
-        lines += ["", f"{case['hardware']}.", ""]
+        lines += ["", f"{'; '.join([*clocks, case['hardware']])}.", ""]
     return "\n".join(lines)
 
 
@@ -184,11 +188,12 @@ def main() -> None:
         one.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
         one.add_argument("--ratio", type=float, default=0.25)
         one.add_argument("--config")
-        one.add_argument("--model", choices=["length_adaptive", "standard"], default="length_adaptive")
+        one.add_argument("--model", default="length_adaptive", help="or standard, or a length-adaptive checkpoint")
         one.add_argument("--work", type=Path, required=True)
         one.add_argument("--threads", type=int, default=2)
         one.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16])
         one.add_argument("--rounds", type=int, default=5)
+        one.add_argument("--cpu-time", action="store_true", help="CPU time, for a machine that others use (threads 1)")
         one.add_argument("--count", type=int, default=16)
     steps.add_parser("table").add_argument("paths", type=Path, nargs="+")
     options = parser.parse_args()
@@ -198,7 +203,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     case = Case(options)
     if options.step == "time":
-        time(case, options.batch_sizes, options.rounds, options.count)
+        time(case, options.batch_sizes, options.rounds, options.count, options.cpu_time)
     else:
         {"prepare": prepare, "equality": equality}[options.step](case)
 

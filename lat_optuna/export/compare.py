@@ -101,7 +101,11 @@ def sample_batches(task: Task, split: Split, batch_size: int = 1, count: int = I
 
 
 def measure(
-    runs: Mapping[str, Run], batches: Sequence[Mapping[str, torch.Tensor]], rounds: int = ROUNDS, warmup: int = 1
+    runs: Mapping[str, Run],
+    batches: Sequence[Mapping[str, torch.Tensor]],
+    rounds: int = ROUNDS,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Time models on batches, each batch by all models in turns, in an order drawn anew every time.
 
@@ -110,6 +114,7 @@ def measure(
         batches: Their inputs; a batch that needs no padding is given without its mask, as a server would do it.
         rounds: Measurements behind each median.
         warmup: Rounds before, which do not count.
+        clock: Seconds; ``time.process_time`` on one thread tells ratios on a machine that others use too.
     """
     import torch
 
@@ -124,10 +129,10 @@ def measure(
             for turn in range(warmup + rounds):
                 random.shuffle(order)
                 for name in order:
-                    start = time.perf_counter()
+                    start = clock()
                     runs[name](**given)
                     if turn >= warmup:
-                        times[name].append(time.perf_counter() - start)
+                        times[name].append(clock() - start)
             for name, values in times.items():
                 medians[name].append(1000 * statistics.median(values))
     return Timing(
