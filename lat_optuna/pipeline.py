@@ -27,6 +27,7 @@ from lat_optuna.spec import SpecError, StudySpec, resolve_checkpoint
 if TYPE_CHECKING:
     import optuna
 
+    from lat_optuna.latency import LatencyModel
     from lat_optuna.progress import Update
     from lat_optuna.report import KeptWords
     from lat_optuna.search.evaluator import Evaluator, ModelEvaluator
@@ -356,6 +357,35 @@ class MakeEvaluator:
         )
 
 
+@dataclass(frozen=True)
+class MakeSearchEvaluator:
+    """Makes what a study's search evaluates with, further objectives included; pickles."""
+
+    spec: StudySpec
+
+    def __call__(self, device: str) -> Evaluator:
+        """The evaluator on ``device``."""
+        from lat_optuna.search.objectives import WithObjectives
+
+        evaluator = MakeEvaluator(self.spec)(device)
+        if not self.spec.search.objectives:
+            return evaluator
+        return WithObjectives(evaluator, {"latency_ms": latency_model(self.spec, evaluator).predict})
+
+
+def latency_model(spec: StudySpec, evaluator: ModelEvaluator) -> LatencyModel:
+    """Predicts the latency of single inputs; calibrated once, kept as ``latency.json`` in the study's folder."""
+    from lat_optuna.latency import LatencyModel
+
+    path = spec.output / "latency.json"
+    if not path.exists():
+        lengths = [len(tokens) for tokens in evaluator.task.features(evaluator.split)["input_ids"][:]]
+        model = LatencyModel.fit(evaluator.model, lengths, batch_size=1, precision=spec.search.precision)
+        if not path.exists():  # of workers that start at once the first one's calibration holds
+            write_json(path, model.to_dict())
+    return LatencyModel.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
 def make_plan(spec: StudySpec, evaluator: Evaluator) -> SearchPlan:
     """The search of a study file (paper: section 3.2)."""
     from lat_optuna.search.foreign import make_plan
@@ -600,7 +630,7 @@ def search_of(spec: StudySpec) -> Search:
     return Search(
         storage=spec.storage,
         name=spec.name,
-        make_evaluator=MakeEvaluator(spec),
+        make_evaluator=MakeSearchEvaluator(spec),
         make_plan=partial(make_plan, spec),
         n_trials=spec.search.n_trials,
         metric=spec.search.metric,

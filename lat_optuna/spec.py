@@ -176,6 +176,8 @@ class SearchSpec(_Section):
             most 1 % of losing one that could; see :class:`lat_optuna.search.racing.Racing`. Not with Optuna's samplers.
         stop_epsilon: End before ``n_trials`` when the area under the front has not grown by more than this ...
         stop_generations: ... in so many generations (Figure 4: the paper's search has about 15 until then).
+        objectives: Further objectives: ``latency_ms``, predicted from a calibration on the machine that starts the
+            search, for single inputs. The front is then one of three dimensions, and racing is off.
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
     """
 
@@ -190,6 +192,7 @@ class SearchSpec(_Section):
     racing: bool = True
     stop_epsilon: float | None = Field(default=None, ge=0)
     stop_generations: int = Field(default=15, ge=1)
+    objectives: tuple[Literal["latency_ms"], ...] = Field(default=(), max_length=1)
     max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -256,7 +259,8 @@ class StudySpec(_Section):
     @property
     def races(self) -> bool:
         """Whether configurations may be abandoned: Optuna's own samplers need to see everything's values."""
-        return self.search.racing and self.search.sampler in ("default", "paper")
+        search = self.search
+        return search.racing and search.sampler in ("default", "paper") and not search.objectives
 
     @property
     def standard_folder(self) -> Path:

@@ -38,6 +38,7 @@ class Evaluation:
         cost: FLOPs of the configuration divided by those of the dense model on the same inputs.
         seconds: Wall time of the evaluation.
         details: Further figures of the same pass, by name (F1 beside EM, say).
+        further: Further objectives, down is better, in the order of the study's.
         by_example: What the metric and some of the details are the means of, example by example; empty where it was
             not asked for.
     """
@@ -46,6 +47,7 @@ class Evaluation:
     cost: float
     seconds: float
     details: Mapping[str, float] = field(default_factory=dict)
+    further: tuple[float, ...] = ()
     by_example: Mapping[str, np.ndarray] = field(default_factory=dict, compare=False, repr=False)
 
     def score(self, name: str) -> float:

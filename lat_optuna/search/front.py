@@ -285,14 +285,26 @@ class Front:
         retention: Retention = "relative",
         search_metric: str | None = None,
         examples: Mapping[str, int] | None = None,
+        further: Sequence[str] = (),
     ) -> Front:
-        """The front of evaluated points; see the class for the arguments."""
+        """The front of evaluated points; see the class for the arguments.
+
+        ``further`` names objectives in the points' ``extra`` that the front minimises as well.
+        """
         everything = tuple(points)
         bound = -math.inf if low is None else low - TOLERANCE
         inside = tuple(point for point in everything if point.cost >= bound)
         below = tuple(point for point in everything if point.cost < bound)
         return cls(
-            _best(inside), inside, _best(below), metric, max_length, low, retention, search_metric, dict(examples or {})
+            _best(inside, further),
+            inside,
+            _best(below, further),
+            metric,
+            max_length,
+            low,
+            retention,
+            search_metric,
+            dict(examples or {}),
         )
 
     @classmethod
@@ -300,8 +312,8 @@ class Front:
         """The front of a study's complete trials; empty before the first of them.
 
         Args:
-            study: See :func:`points_of`, also for what is raised. Further objectives than metric and cost are kept
-                beside the points and do not shape the front.
+            study: See :func:`points_of`, also for what is raised. With further objectives than metric and cost, which
+                lie in the points' ``extra``, a point stays on the front if it is best at some trade of all of them.
             low: Cost of the smallest configuration that training reached; by default what the study says of it.
         """
         attrs = study.user_attrs
@@ -320,6 +332,7 @@ class Front:
             plan.get("retention", "relative"),
             attrs.get("search_metric"),
             attrs.get("examples"),
+            objective_names(study)[2:],
         )
 
     @classmethod
@@ -472,8 +485,18 @@ class Front:
         return tuple(points)
 
 
-def _best(points: Sequence[Point]) -> tuple[Point, ...]:
-    return tuple(points[index] for index in non_dominated([(point.score, point.cost) for point in points]))
+def _best(points: Sequence[Point], further: Sequence[str] = ()) -> tuple[Point, ...]:
+    """The points that no other beats, in rising cost: in score, cost and what lies in ``extra`` under these names."""
+    if not further:
+        return tuple(points[index] for index in non_dominated([(point.score, point.cost) for point in points]))
+    best: list[tuple[tuple[float, ...], Point]] = []
+    # Whoever beats a point comes before it in this order, so that what has been kept is all that can.
+    values = [(point.cost, -point.score, *(point.extra[name] for name in further)) for point in points]
+    for index in sorted(range(len(points)), key=lambda index: (values[index], index)):
+        mine = values[index]
+        if not any(all(a <= b for a, b in zip(its, mine, strict=True)) for its, _ in best):
+            best.append((mine, points[index]))
+    return tuple(point for _, point in best)
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:

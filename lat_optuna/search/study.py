@@ -59,7 +59,8 @@ class SearchError(RuntimeError):
 def open_study(storage: str, name: str, evaluator: Evaluator, plan: SearchPlan, metric: str = "metric") -> Study:
     """Create a study, or join it if it measures the same thing in the same way.
 
-    The study gets the objectives (metric, up) and (FLOPs ratio, down), and as attributes ``identity`` and ``low``, the
+    The study gets the objectives (metric, up) and (FLOPs ratio, down), those of an evaluator with further ones
+    (:class:`lat_optuna.search.objectives.WithObjectives`), and as attributes ``identity`` and ``low``, the
     cost of the smallest configuration that training reached. One that selects by something else than its metric says so
     in the attribute ``search_metric``: a name in its trials' ``details``.
 
@@ -79,15 +80,15 @@ def open_study(storage: str, name: str, evaluator: Evaluator, plan: SearchPlan, 
     identity = json.loads(json.dumps({"evaluator": dict(evaluator.identity()), "plan": plan.settings()}))
     if metric != "metric":
         identity["search"] = {"metric": metric}
+    directions = [StudyDirection.MAXIMIZE, *[StudyDirection.MINIMIZE] * (1 + len(_further(evaluator)))]
     try:
         study = retrying(
-            lambda: optuna.create_study(study_name=name, storage=backend, directions=["maximize", "minimize"]),
-            what=what,
+            lambda: optuna.create_study(study_name=name, storage=backend, directions=directions), what=what
         )
     except DuplicatedStudyError:
         study = retrying(lambda: optuna.load_study(study_name=name, storage=backend), what=what)
         if _is_described(study):
-            _check_identity(study, identity, what)
+            _check_identity(study, identity, directions, what)
             return study
         # Whoever created it was killed before it could say what it is.
     _describe(study, identity, evaluator, plan)
@@ -113,11 +114,15 @@ def _describe(study: Study, identity: Mapping[str, Any], evaluator: Evaluator, p
     """What a new study says of itself; the identity comes last, for those who wait for it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study.set_metric_names([evaluator.metric_name, "flops_ratio"])
+        study.set_metric_names([evaluator.metric_name, "flops_ratio", *_further(evaluator)])
     study.set_user_attr("low", plan.lowest_cost)
     for key, value in identity.get("search", {}).items():
         study.set_user_attr(f"search_{key}", value)
     study.set_user_attr("identity", dict(identity))
+
+
+def _further(evaluator: Evaluator) -> Sequence[str]:
+    return list(getattr(evaluator, "further", ()))
 
 
 def _is_described(study: Study) -> bool:
@@ -130,9 +135,9 @@ def _is_described(study: Study) -> bool:
     return True
 
 
-def _check_identity(study: Study, ours: Mapping[str, Any], what: str) -> None:
+def _check_identity(study: Study, ours: Mapping[str, Any], directions: Sequence[StudyDirection], what: str) -> None:
     theirs = study.user_attrs.get("identity")
-    if theirs is None or study.directions != [StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE]:
+    if theirs is None or study.directions[:2] != list(directions[:2]) or len(study.directions) < 2:
         raise ValueError(f"study {study.study_name!r} in {what} is another program's; choose another name or storage")
     differing = [
         f"{key} is {there.get(key, 'not set')!r} there and {here.get(key, 'not set')!r} here"
@@ -140,6 +145,8 @@ def _check_identity(study: Study, ours: Mapping[str, Any], what: str) -> None:
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
     ]
+    if len(study.directions) != len(directions):
+        differing.append(f"there are {len(study.directions)} objectives there and {len(directions)} here")
     if differing:
         raise ValueError(
             f"study {study.study_name!r} in {what} was made with other settings, so that its values must not be mixed "
@@ -591,11 +598,13 @@ class Ledger:
         Returns:
             Whether the values were taken: not if the trial was meanwhile given to somebody else.
         """
-        values = (evaluation.metric, evaluation.cost)
+        values = (evaluation.metric, evaluation.cost, *evaluation.further)
         score = evaluation.score(self.metric)
         if any(math.isnan(value) for value in (*values, score)):
             selected = "" if self.metric == "metric" else f", the {self.metric} {score}"
-            return self.fail(claim, f"error: the metric is {evaluation.metric}{selected}, the cost {evaluation.cost}")
+            further = "".join(f", further objectives {value}" for value in evaluation.further)
+            costs = f"the cost {evaluation.cost}{further}"
+            return self.fail(claim, f"error: the metric is {evaluation.metric}{selected}, {costs}")
         by_example = evaluation.by_example.get(self.metric)
         if by_example is not None and self._is_on_front(score, evaluation.cost):
             # Only for those that others may race against: about one trial in ten.
