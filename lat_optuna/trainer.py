@@ -12,7 +12,7 @@ import json
 import random
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -264,34 +264,71 @@ class LengthAdaptiveTrainer(ExactTrainer):
         passes = self.adaptation.passes(num_layers(core), self.args.seed, self.state.global_step)
         teacher: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        for sub_model in passes:
-            # Gradients are reduced once a step. Trainer holds no_sync around all but the last micro-batch already.
-            last = sub_model is passes[-1]
-            with (
-                nullcontext() if last else self.accelerator.no_sync(model),
-                at(core, sub_model.config, sub_model.skip_layers),
-                self.compute_loss_context_manager(),
-            ):
-                if sub_model.kind == "full":
-                    loss, outputs = self.compute_loss(
-                        model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-                    )
-                    if self.adaptation.distillation:
-                        teacher = _predictions(outputs)
-                    del outputs
-                elif self.adaptation.distillation:
-                    student = model(**{name: value for name, value in inputs.items() if name not in self.label_names})
-                    loss = self.distillation_loss(_predictions(student, detach=False), teacher, inputs)
-                    loss = loss * self._share(inputs, num_items_in_batch)
-                    del student
-                else:
-                    loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
-                self.accelerator.backward(loss / len(passes))
-            loss = loss.detach()
-            total += loss / len(passes)
-            self._note(sub_model.kind, loss / sum(other.kind == sub_model.kind for other in passes))
+        with self._shared_by_passes(core):
+            for sub_model in passes:
+                # Gradients are reduced once a step. Trainer holds no_sync around all but the last micro-batch already.
+                last = sub_model is passes[-1]
+                with (
+                    nullcontext() if last else self.accelerator.no_sync(model),
+                    at(core, sub_model.config, sub_model.skip_layers),
+                    self.compute_loss_context_manager(),
+                ):
+                    if sub_model.kind == "full":
+                        loss, outputs = self.compute_loss(
+                            model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+                        )
+                        if self.adaptation.distillation:
+                            teacher = _predictions(outputs)
+                        del outputs
+                    elif self.adaptation.distillation:
+                        student = model(**{k: value for k, value in inputs.items() if k not in self.label_names})
+                        loss = self.distillation_loss(_predictions(student, detach=False), teacher, inputs)
+                        loss = loss * self._share(inputs, num_items_in_batch)
+                        del student
+                    else:
+                        loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
+                    self.accelerator.backward(loss / len(passes))
+                loss = loss.detach()
+                total += loss / len(passes)
+                self._note(sub_model.kind, loss / sum(other.kind == sub_model.kind for other in passes))
         self._logged_steps += self.accelerator.sync_gradients
         return total
+
+    @contextmanager
+    def _shared_by_passes(self, model: PreTrainedModel) -> Iterator[None]:
+        """What the passes of a step need not do each anew; on short inputs it is a good part of a pass.
+
+        - The autocast of weights: the outer context, which changes no type, keeps the inner ones' cache of casts.
+        - The gradient of the word embedding, as large as the vocabulary: the passes' gradients are added up where the
+          vectors leave the table, and go back into it once. Not under DDP, which waits for it in the last pass, nor in
+          compiled models, which see no hooks.
+        """
+        embedding = model.get_input_embeddings()
+        simple = self.args.world_size == 1 and not self.args.torch_compile
+        with torch.autocast(self.args.device.type, enabled=False):
+            if not simple or not isinstance(embedding, torch.nn.Embedding) or not embedding.weight.requires_grad:
+                yield
+                return
+            looked_up: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+            def share(module: torch.nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+                if not args or not output.requires_grad:
+                    return output
+                for ids, _, leaf in looked_up:
+                    if ids is args[0]:
+                        return leaf
+                leaf = output.detach().requires_grad_()
+                looked_up.append((args[0], output, leaf))
+                return leaf
+
+            hook = embedding.register_forward_hook(share)
+            try:
+                yield
+            finally:
+                hook.remove()
+            for _, output, leaf in looked_up:
+                if leaf.grad is not None:
+                    output.backward(leaf.grad)
 
     def distillation_loss(
         self,

@@ -1,6 +1,8 @@
 import copy
 import random
 import shutil
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -309,6 +311,34 @@ def test_bf16_autocast_is_near_fp32(tmp_path):
 
 
 # ------------------------------------------------------------------ the loop
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("head", [BertForSequenceClassification, BertForMaskedLM])
+def test_what_passes_share_changes_no_gradient(tmp_path, monkeypatch, head, bf16):
+    def data():
+        made = rows()
+        return made if head is BertForSequenceClassification else [row | {"labels": row["input_ids"]} for row in made]
+
+    adaptation = replace(ADAPTATION, distillation=False)
+    filled = []
+    embed = torch.nn.functional.embedding
+    monkeypatch.setattr(
+        torch.nn.functional, "embedding", lambda ids, weight, *args: filled.append(weight) or embed(ids, weight, *args)
+    )
+    shared = gradients(tmp_path, bert(head, dropout=0.1), data(), adaptation, bf16=bf16)
+    assert filled  # the models do look their words up
+    monkeypatch.setattr(LengthAdaptiveTrainer, "_shared_by_passes", lambda self, model: nullcontext())
+    apart = gradients(tmp_path, bert(head, dropout=0.1), data(), adaptation, bf16=bf16)
+    same(shared, apart)
+
+
+def test_the_vocabularys_gradient_is_made_once_a_step(tmp_path):
+    model = bert()
+    made = []
+    model.get_input_embeddings().weight.register_hook(lambda gradient: made.append(gradient))
+    gradients(tmp_path, model, rows())
+    assert len(made) == 1
 
 
 def test_sub_models_are_the_same_for_all_micro_batches(tmp_path, monkeypatch):
