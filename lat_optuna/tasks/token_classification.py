@@ -142,6 +142,13 @@ class Tagging:
             scores = entity_scores(golds, found) | scores
         return dict.fromkeys(scores, float("nan")) if broken else scores
 
+    def examples(self, split: Split) -> np.ndarray:
+        """``[features]``: which row each feature is a part of."""
+        import numpy as np
+
+        self.features(split)
+        return np.asarray(self._sources[split])
+
     def fingerprint(self, split: Split) -> str:
         """Sha256 of the split's tokens and labels, the tags and the metric."""
         features = self.features(split)

@@ -72,6 +72,8 @@ def test_no_word_goes_unread_however_short_the_inputs(data):
 def test_the_metric_is_the_f1_of_entities_over_whole_rows(tmp_path):
     task = make(tmp_path, max_length=6, label_names=NAMES)
     assert len(task.features("validation")) > len(ROWS)  # rows are cut, inside of an entity too
+    assert len(task.examples("validation")) == len(task.features("validation"))
+    assert sorted(set(task.examples("validation"))) == [0, 1, 2]
     assert task.metric_name == "f1"
     right = [row["ner_tags"] for row in ROWS]
     scores = task.score("validation", logits_for(task, "validation", right))
