@@ -20,11 +20,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
 import resource
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -237,17 +236,26 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak memory above what the loaded model takes, each figure in a process of its own."""
+    """Peak memory above what the loaded model takes, each figure in a process of its own (forked: same start)."""
+    torch.set_num_threads(1)  # before the first fork, no thread of OpenMP may run
+    fork = multiprocessing.get_context("fork")
     for name in args.models:
+        dense, adapted = build(name), adapt(build(name))
         for workload in args.workloads:
             for batch in args.batches:
+                inputs = random_inputs(dense, (int(workload),) * batch)
                 for training in (False, True):
                     found = {}
                     for ratio in (None, 1.0, *args.ratios):
-                        work = [name, workload, str(batch), str(int(training)), str(ratio)]
-                        command = [sys.executable, __file__, "--one-memory", *work]
-                        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-                        found[str(ratio)] = float(answer.split()[-1])
+                        config = None
+                        if ratio is not None and ratio < 1:
+                            config, _ = at_ratio(Architecture.of(adapted), [(int(workload),) * batch], ratio)
+                        mine, its = fork.Pipe()
+                        model = dense if ratio is None else adapted
+                        child = fork.Process(target=peak, args=(its, model, config, inputs, training))
+                        child.start()
+                        found[str(ratio)] = mine.recv()
+                        child.join()
                     result = {"kind": "memory", "model": name, "workload": workload, "batch": batch}
                     result |= {"precision": "training" if training else "inference", "mib": found}
                     with args.out.open("a") as lines:
@@ -255,23 +263,16 @@ def memory(args: argparse.Namespace) -> None:
                     print(name, workload, batch, "training" if training else "inference", found, flush=True)
 
 
-def one_memory(name: str, workload: str, batch: str, training: str, ratio: str) -> None:
-    """Print the peak of one process in MiB above its loaded model; ``None`` is the unadapted model."""
-    model: Any = build(name)
-    config = None
-    if ratio != "None":
-        model = adapt(model)
-        if float(ratio) < 1:
-            config, _ = at_ratio(Architecture.of(model), [(int(workload),) * int(batch)], float(ratio))
-    inputs = random_inputs(model, (int(workload),) * int(batch))
+def peak(answer: Any, model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> None:
+    """Tell the growth of this process in MiB over one pass (in training: forwards and backwards)."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    model.train(training == "1")
-    at = model.at(config) if ratio != "None" else contextlib.nullcontext()
-    with at, torch.set_grad_enabled(training == "1"):
+    model.train(training)
+    at = contextlib.nullcontext() if config is None else model.at(config)
+    with at, torch.set_grad_enabled(training):
         logits = model(**inputs).logits
-        if training == "1":
+        if training:
             logits.sum().backward()
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
 # --------------------------------------------------------------------------------------------------- report
@@ -356,12 +357,9 @@ def main() -> None:
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--one-memory", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.one_memory:
-        one_memory(*args.one_memory)
-    elif args.report:
+    if args.report:
         print(report(args))
     elif args.predict:
         predict(args)

