@@ -26,7 +26,7 @@ from lat_optuna.search.study import NEIGHBOURS
 VARIANTS: dict[str, tuple[tuple[float, ...], int]] = {
     "default": (LOOKS, NEIGHBOURS),
     "without neighbours": (LOOKS, 0),
-    "seven looks": (tuple(k / 8 for k in range(1, 8)), NEIGHBOURS),
+    "three looks": ((1 / 4, 1 / 2, 3 / 4), NEIGHBOURS),
 }
 """Name -> looks, and points of the front that a rival brings along."""
 

@@ -188,7 +188,7 @@ class SearchSpec(_Section):
     num_mutations: int = Field(default=30, ge=1)
     num_crossovers: int = Field(default=30, ge=0)
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
-    metric: Literal["metric", "probability"] = "metric"
+    metric: Literal["metric", "probability"] = "probability"
     racing: bool = True
     stop_epsilon: float | None = Field(default=None, ge=0)
     stop_generations: int = Field(default=15, ge=1)
@@ -209,7 +209,7 @@ class SearchSpec(_Section):
         return SCREENED | values if values.get("sampler", "default") == "default" else values
 
 
-PAPER: dict[str, Any] = {"sampler": "paper", "racing": False}
+PAPER: dict[str, Any] = {"sampler": "paper", "metric": "metric", "racing": False}
 """What ``preset: paper`` sets in the section ``search``, where the study file does not say otherwise."""
 
 

@@ -97,7 +97,7 @@ def test_nothing_is_reported_twice(tmp_path, monkeypatch):
 
 
 def test_without_a_search_split_there_is_one_value(tmp_path):
-    spec = make_spec(tmp_path, search_rows=None)
+    spec = make_spec(tmp_path, search_rows=None, metric="metric")
     assert spec.search_split == "validation"
     pipeline.measure_standard(spec)
     pipeline.search(spec, ["cpu"])
@@ -121,7 +121,7 @@ def test_what_a_reduced_precision_changes_is_measured_and_kept(tmp_path):
 
 
 def test_studies_that_select_by_different_things_are_not_mixed(tmp_path):
-    spec = make_spec(tmp_path)
+    spec = make_spec(tmp_path, metric="metric")
     pipeline.search(spec, ["cpu"])
     other = spec.model_copy(update={"search": spec.search.model_copy(update={"metric": "probability", "n_trials": 20})})
     with pytest.raises(ValueError, match="metric is 'not set' there and 'probability' here"):

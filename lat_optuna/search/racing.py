@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 ALPHA = 0.01
 """Largest chance of losing a configuration that belongs on the front."""
-LOOKS = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
+LOOKS = tuple(k / 8 for k in range(1, 8))
 """Shares of the examples after which a configuration may be abandoned."""
-FEWEST = 50
+FEWEST = 100
 """No look at fewer examples than this."""
 _MISSING = 65535
 
@@ -116,7 +116,7 @@ class Racing:
 
 
 def _student(probability: float, degrees: int) -> float:
-    """Student's quantile; the first two terms of its expansion, right to a per cent from 50 degrees on."""
+    """Student's quantile; the first two terms of its expansion, right to a per cent from 90 degrees on."""
     z = NormalDist().inv_cdf(probability)
     return z + (z**3 + z) / (4 * degrees)
 

@@ -92,9 +92,9 @@ def test_neighbours_show_sooner_what_is_worse_and_lose_no_more_of_what_is_not():
 
 
 def test_looks_rise_to_all_examples_and_are_not_at_a_handful():
-    assert Racing().stops(2000) == [250, 500, 1000, 1500, 2000]
-    assert Racing().stops(300) == [75, 150, 225, 300]
-    assert Racing().stops(40) == [40]
+    assert Racing().stops(2000) == [250, 500, 750, 1000, 1250, 1500, 1750, 2000]
+    assert Racing().stops(300) == [113, 150, 188, 225, 263, 300]
+    assert Racing().stops(90) == [90]
     assert sorted(Racing().order(100)) == list(range(100))
     assert list(Racing().order(100)) == list(Racing().order(100)) != list(Racing(seed=1).order(100))
 
