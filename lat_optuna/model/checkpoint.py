@@ -172,6 +172,8 @@ def load(
     *,
     latency_ms: float | None = None,
     mode: Literal["auto", "restore", "eliminate"] = "auto",
+    significance: Literal["all", "cls"] | None = None,
+    last_layer: Literal["all", "cls"] | None = None,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint as an adapted model, with the configuration that fits a budget.
@@ -184,6 +186,8 @@ def load(
             is set; by default the configuration that the side file names.
         latency_ms: The same by measured latency, for fronts whose points have it.
         mode: As in :func:`lat_optuna.model.adapt`.
+        significance: As in :func:`lat_optuna.model.adapt`; ``"cls"`` for models that were trained and searched with it.
+        last_layer: As in :func:`lat_optuna.model.adapt`.
         **kwargs: Go to ``from_pretrained``: ``attn_implementation``, ``dtype``, ...
 
     Raises:
@@ -211,7 +215,7 @@ def load(
         auto_class = getattr(transformers, names[0], None)
         if auto_class is None:
             raise ValueError(f"{folder / 'config.json'} names {names[0]}, which transformers lacks; give auto_class")
-    model = adapt(auto_class.from_pretrained(folder, **kwargs), mode)
+    model = adapt(auto_class.from_pretrained(folder, **kwargs), mode, significance, last_layer)
     if side is None:
         logger.warning("no %s in %s: the model loads as dense", SIDE_FILE, folder)
     else:

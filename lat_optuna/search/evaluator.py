@@ -339,6 +339,7 @@ class ModelEvaluator:
 
     def identity(self) -> Mapping[str, str]:
         """Hashes of weights and data, and how both are put together."""
+        options = {"significance": self._architecture.significance, "last_layer": self._architecture.last_layer}
         return {
             "evaluation": EVALUATION,
             "weights": weights_hash(self.model),
@@ -347,6 +348,8 @@ class ModelEvaluator:
             "retention": self.retention,
             "protocol": self.protocol,
             "precision": self.precision,
+            # Only what differs from the usual: studies from before there was a choice go on.
+            **{name: chosen for name, chosen in options.items() if chosen != "all"},
         }
 
     def _check(self, config: LengthConfig | None) -> None:

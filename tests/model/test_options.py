@@ -9,7 +9,8 @@ from zoo import CASES, TEXT_CASES, assert_close, inputs_for, results
 
 from lat_optuna.flops import Architecture
 from lat_optuna.length_config import LengthConfig
-from lat_optuna.model import adapt, num_layers
+from lat_optuna.model import adapt, load, num_layers, save
+from lat_optuna.model.checkpoint import SideFile
 from lat_optuna.model.families import head_kind, reads_first_row
 from lat_optuna.model.inspection import kept_tokens
 
@@ -162,6 +163,13 @@ def test_options_stay_until_they_are_named():
     assert Architecture.of(adapt(model)) == Architecture.of(model)
     assert Architecture.of(adapt(model, last_layer="all")).last_layer == "all"
     assert Architecture.of(model).significance == "cls"
+
+
+def test_a_checkpoint_is_loaded_with_options(tmp_path):
+    save(adapt(CASES["BertForSequenceClassification"].build()), tmp_path, SideFile(3, 20))
+    architecture = Architecture.of(load(tmp_path, significance="cls", last_layer="cls"))
+    assert (architecture.significance, architecture.last_layer) == ("cls", "cls")
+    assert Architecture.of(load(tmp_path)).significance == "all"
 
 
 def test_wrong_use_is_refused():

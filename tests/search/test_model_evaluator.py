@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -165,6 +167,14 @@ def test_question_answering_is_evaluated_over_all_features(checkpoint, tmp_path)
         assert evaluation.details["log_prob"] < 0
     assert evaluator.metric_name == "f1"
     assert len(evaluator._lengths) > 6
+
+
+def test_options_of_adapt_are_part_of_the_identity_and_of_the_cost(model, task):
+    usual, cost = ModelEvaluator(model, task).identity(), ModelEvaluator(model, task).cost(SHORT)
+    other = ModelEvaluator(adapt(copy.deepcopy(model), significance="cls", last_layer="cls"), task)
+    assert {*other.identity().items()} - {*usual.items()} == {("significance", "cls"), ("last_layer", "cls")}
+    assert other.cost(None) == 1.0
+    assert other.cost(SHORT) != cost
 
 
 def test_identity_tells_weights_and_data_apart(model, task, checkpoint):
