@@ -128,9 +128,10 @@ def study_of(url: str | None, n_trials: int) -> optuna.Study:
     else:
         study = open_study(url, f"{n_trials} trials", evaluator, plan)
     if not url or not url.startswith("grpc"):
-        with_any = study._storage.get_n_trials(study._study_id)
-        if not with_any:
+        if not study._storage.get_n_trials(study._study_id):
             fill(study, n_trials)
+        if "generations" not in study.user_attrs:  # a search writes them as they close
+            study.set_user_attr("generations", [{}] * plan.generation_of(n_trials))
     return study
 
 
