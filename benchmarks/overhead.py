@@ -130,8 +130,13 @@ def study_of(url: str | None, n_trials: int) -> optuna.Study:
     if not url or not url.startswith("grpc"):
         if not study._storage.get_n_trials(study._study_id):
             fill(study, n_trials)
-        if "generations" not in study.user_attrs:  # a search writes them as they close
+        if "generations" not in study.user_attrs:
+            # A search writes them as they close.
             study.set_user_attr("generations", [{}] * plan.generation_of(n_trials))
+        # So does NSGA-II with the parents of its generations, which it finds from those before.
+        key = f"{optuna.samplers.NSGAIISampler._get_parent_cache_key_prefix()}{n_trials // 50}"
+        last = [trial._trial_id for trial in study.get_trials(deepcopy=False)[n_trials - 50 : n_trials]]
+        study._storage.set_study_system_attr(study._study_id, key, last)
     return study
 
 
