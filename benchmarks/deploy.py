@@ -151,10 +151,10 @@ def table(paths: list[Path]) -> str:
     lines = []
     for path in paths:
         case = json.loads(path.read_text())
-        lines += [f"## {case['study']}: {case['config']}, {case['cost']:.3f}x FLOPs ({case['model']} model)", ""]
+        lines += [f"## {case['study']}: {case['config']}, {case['cost']:.3f}x FLOPs (model: {case['model']})", ""]
         times, equal = case.get("time") or case.get("cpu_time", {}), case.get("equality", {})
         heads = [f"batch {size}, {t['tokens']:.0f} tokens: ms" for size, t in times.items()]
-        clocks = {f"{t['clock']}, {t['threads']} threads, medians of {t['rounds']} in turns" for t in times.values()}
+        clocks = {f"{t['clock']}, {t['threads']} thread(s), medians of {t['rounds']} in turns" for t in times.values()}
         lines.append("| |" + "".join(f" {head} | over BERT-base |" for head in heads))
         lines[-1] += f" {case.get('metric', 'metric')} (%) | answers that differ |"
         lines.append("| --- |" + " ---: |" * (2 * len(heads) + 2))
