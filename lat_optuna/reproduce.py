@@ -133,7 +133,8 @@ class _Measurements:
         weights, evaluators = self.evaluators(folder, retention)
         metrics = {}
         for split, evaluator in evaluators.items():
-            key = f"{weights} {evaluator.task.fingerprint(split)[:16]} {retention} {config}"
+            data, precision = evaluator.task.fingerprint(split)[:16], evaluator.precision
+            key = f"{weights} {data} {precision} {retention} {config}"
             if key not in self.known:
                 self.known[key] = evaluator.evaluate(config).metric
                 write_json(self.file, self.known)
