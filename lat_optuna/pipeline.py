@@ -696,6 +696,7 @@ def report(spec: StudySpec, path: Path | None = None, study_file: str = "STUDY.y
         study_file=study_file,
         checkpoint=str(spec.adaptive_folder),
         words=kept_words(spec, front),
+        about=describe_times(spec),
     )
 
 
@@ -758,6 +759,19 @@ def describe_run(spec: StudySpec) -> dict[str, str]:
         "Seeds": f"training {training.seed}, search {spec.search.seed}",
         "Versions": f"torch {torch.__version__}, transformers {transformers.__version__}, optuna {optuna.__version__}",
     }
+
+
+def describe_times(spec: StudySpec) -> dict[str, str]:
+    """Wall time of both stages of training, for reports; of one that was stopped and went on, since it did."""
+    from lat_optuna.summary import duration
+
+    parts = []
+    for stage in stages(spec):
+        losses = stage.folder / "losses.json"
+        history = json.loads(losses.read_text(encoding="utf-8")) if losses.exists() else []
+        seconds = [entry["train_runtime"] for entry in history if "train_runtime" in entry]
+        parts += [f"{duration(seconds[-1])} of {stage.label}"] if seconds else []
+    return {"training time": ", ".join(parts)} if parts else {}
 
 
 def describe_data(evaluator: ModelEvaluator) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-import math
 import os
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +23,7 @@ from lat_optuna.summary import (
     Row,
     Splits,
     counted,
+    duration,
     notices,
     row,
     table,
@@ -401,7 +401,7 @@ def _facts(
     if progress.first and progress.last:
         facts["search"] = (
             f"{progress.first:%Y-%m-%d %H:%M} to {progress.last:%Y-%m-%d %H:%M}, "
-            f"{_duration(progress.seconds)} of evaluation"
+            f"{duration(progress.seconds)} of evaluation"
         )
     if progress.workers or progress.devices:
         count = len(progress.workers)
@@ -431,12 +431,6 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    return str(timedelta(seconds=math.ceil(seconds))) + " h"
 
 
 def _facts_html(facts: Mapping[str, str]) -> str:

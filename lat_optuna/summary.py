@@ -107,6 +107,14 @@ def notices(study: optuna.Study, front: Front, progress: Progress) -> list[str]:
     return lines
 
 
+def duration(seconds: float) -> str:
+    """A wall time for people: ``"30.5 s"``, ``"6 min 34 s"``, ``"1 h 05 min"``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
 # ---------------------------------------------------------------------- which rows a figure is from
 
 

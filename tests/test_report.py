@@ -379,6 +379,23 @@ def test_lost_claims_are_no_failures():
     assert str(summary.Progress.of(study, 3)) == "3 of 3 trials, 1 failed"
 
 
+def test_pruned_trials_are_counted_and_no_part_of_the_front(tmp_path):
+    study = stand_in_study(20)
+    before = Front.of(study)
+    study.add_trial(
+        optuna.trial.create_trial(
+            state=optuna.trial.TrialState.PRUNED,
+            params=study.trials[0].params,
+            distributions=study.trials[0].distributions,
+            user_attrs={"pruned": {"examples": 128, "metric": 99.0}, "generation": 1, "operation": "mutation"},
+        )
+    )
+    assert str(summary.Progress.of(study, 60)) == "21 of 60 trials, 1 of them pruned"
+    assert Front.of(study) == before
+    page = report.write_report(tmp_path / "r.html", study, n_trials=21).read_text()
+    assert "21 of 21 trials, 1 of them pruned" in page
+
+
 def test_three_objectives_are_named_and_one_left_out(tmp_path):
     study = stand_in_study(20, directions=("maximize", "minimize", "minimize"))
     page = report.write_report(tmp_path / "r.html", study).read_text()
