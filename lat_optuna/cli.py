@@ -595,7 +595,7 @@ def _lossless_line(front: Front, baselines: Baselines | None) -> str:
     from lat_optuna.summary import REPORTING_SPLIT, Splits, without_loss
 
     dense = baselines.dense() if baselines else None
-    area = f"area under the front: {front.auc():.3f}"
+    area = f"area under the front: {front.auc():.3f} {front.search_metric or front.metric}"
     if dense is None:
         return area
     standard = f"the standard model's {dense.metric:.2f} {front.metric}"

@@ -221,7 +221,7 @@ def _lead(front: Front, baselines: Baselines | None, lossless: Point | None, spl
     if not front.points:
         return "No configuration has been evaluated yet. Once the search has run, this page shows its front."
     standard = baselines.dense() if baselines else None
-    if lossless and standard:
+    if lossless and standard and lossless.cost < 1:  # the dense model itself loses nothing, which is no news
         text = (
             f"<strong>{lossless.cost:.2f}×</strong> the FLOPs of the dense model are enough for "
             f"<strong>{lossless.metric:.2f} %</strong> {metric}; the standard model, dense, has {standard.metric:.2f} %"
@@ -233,10 +233,16 @@ def _lead(front: Front, baselines: Baselines | None, lossless: Point | None, spl
             )
         return f"{text}. One set of weights serves every budget on this page."
     best, smallest = front.points[-1], front.points[0]
-    return (
+    text = (
         f"One set of weights, {len(front)} operating points: from {smallest.metric:.2f} % {metric} at "
-        f"{smallest.cost:.2f}× the FLOPs of the dense model to {best.metric:.2f} % at {best.cost:.2f}×."
+        f"<strong>{smallest.cost:.2f}×</strong> the FLOPs of the dense model to {best.metric:.2f} % at {best.cost:.2f}×"
     )
+    if smallest.reported is not None and best.reported is not None:
+        text += (
+            f" ({splits.searched_name}); {smallest.reported:.2f} % to {best.reported:.2f} % on rows that the search "
+            f"never saw ({REPORTING_SPLIT})"
+        )
+    return f"{text}."
 
 
 def _rows_note(front: Front, splits: Splits) -> str:

@@ -200,24 +200,3 @@ def test_what_is_no_study_is_refused(tmp_path, make, error, message):
 def test_an_unknown_host_is_refused(url):
     with pytest.raises(OSError, match=r"cannot listen on 192\.0\.2\.1:0"):
         dashboard.make_servers([url], host="192.0.2.1", port=0)
-
-
-@pytest.mark.browser
-def test_the_dashboard_shows_objectives_note_and_figures(served, browse):
-    with browse(viewport={"width": 1300, "height": 1000}) as page:
-        base = dashboard.address(served)
-        page.goto(f"{base}/studies/1")
-        page.wait_for_selector("[id='user-defined-plot:lengths'] .xtitle", timeout=60_000)
-        page.wait_for_selector("[id='user-defined-plot:front'] .xtitle", timeout=60_000)
-        titles = page.locator("[id='user-defined-plot:front'] :is(.gtitle, .xtitle, .ytitle)").all_text_contents()
-        assert sorted(titles) == [
-            "Accuracy against compute",
-            "FLOPs relative to the dense model",
-            "accuracy (%), validation split",
-        ]
-        assert page.locator("[id='user-defined-plot:area-under-the-front'] .ytitle").count() == 1
-        assert page.get_by_text("flops_ratio").count() > 0
-        page.goto(f"{base}/studies/1/note")
-        page.wait_for_selector("table", timeout=60_000)
-        assert "cheapest point without loss" in page.text_content("table")
-        assert page.get_by_text("MiniLM <small> on SST-2 & friends, 872 rows").count() == 1

@@ -346,6 +346,14 @@ def test_word_pieces_join_and_dropped_ones_fade(study, tmp_path):
     assert '<span class="gone">un</span><span>hurried</span>' in page
 
 
+def test_that_the_dense_model_loses_nothing_is_no_news(study, front, tmp_path):
+    dense = front.points[-1]
+    assert dense.cost == 1
+    page = report.write_report(tmp_path / "r.html", study, baselines_of(dense.metric), front=front).read_text()
+    assert "are enough for" not in page
+    assert f"{len(front)} operating points: from {front.points[0].metric:.2f} % accuracy at" in page
+
+
 @pytest.mark.parametrize("baselines", [None, BASELINES, Baselines("accuracy", standard=(Measured(99.0),))])
 def test_a_page_needs_no_baselines(study, tmp_path, baselines):
     page = report.write_report(tmp_path / "r.html", study, baselines).read_text()

@@ -139,5 +139,7 @@
     button.hidden = index === null;
     button.addEventListener("click", () => pick(index));
   }
-  pick(data.lossless ?? Math.max(0, within(0.5)));
+  // What loses nothing and saves something, else what half of the compute buys.
+  const saving = data.lossless !== null && points[data.lossless].cost < 1;
+  pick(saving ? data.lossless : Math.max(0, within(0.5)));
 })();
