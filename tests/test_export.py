@@ -74,6 +74,16 @@ def test_every_family_and_head_and_retention(case, config, tmp_path):
         assert_close(results(model, graph(**batch), ns), expected)
 
 
+def test_absolute_retention_serves_every_batch_too(tmp_path):
+    config = LengthConfig((12, 9, 3), 20, "absolute")
+    model, graph = exported("BertForQuestionAnswering", tmp_path / "model.onnx", config)
+    for ns in BATCHES:
+        batch = inputs_for(model, ns)
+        with torch.inference_mode(), model.at(config):
+            expected = results(model, model(**batch), ns)
+        assert_close(results(model, graph(**batch), ns), expected)
+
+
 def test_counts_are_exact_where_a_float_would_round(tmp_path):
     """ceil(l * n / max_length) at a length where l * n / max_length is whole: one row more would show."""
     config = LengthConfig((49, 21, 7), 49)

@@ -233,7 +233,7 @@ def _at_lengths(config: LengthConfig, n: torch.Tensor) -> torch.Tensor:
         # Ceiling division, as floor division is the one that torch has. (`torch.div` would go through floats in ONNX.)
         kept = (lengths * n + (config.max_length - 1)) // config.max_length
     else:
-        kept = lengths.expand(-1, len(n))
+        kept = lengths.expand(-1, n.size(0))  # not len(n): a graph would take the size for a constant
     return torch.minimum(kept.clamp(min=MIN_LENGTH), n)
 
 
