@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bases", nargs="+", help="NAME.WAY, as benchmarks/searches.py wrote them")
     parser.add_argument("--orders", type=int, default=20)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
     parser.add_argument("--initial", type=int, default=22)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -111,7 +112,8 @@ def main() -> None:
         landscape = Landscape(Path(f"{base}.{split}.npz"))
         runs = [run["trials"] for run in stored.values()]
         for score in ("metric", "probability"):
-            for variant, (looks, neighbours) in VARIANTS.items():
+            for variant in arguments.variants:
+                looks, neighbours = VARIANTS[variant]
                 total: dict[str, float] = {}
                 for seed in range(arguments.orders):
                     racing = Racing(looks=looks, seed=seed)
