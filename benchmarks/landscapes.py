@@ -107,40 +107,56 @@ class Emulated:
     measurements. So the landscape has the steps, the plateaus and the luck of the real one between the configurations
     that were measured, and nearly its values at them.
 
+    What a configuration costs is a polynomial of the lengths; it is fitted as well, and needs no model to be loaded.
+
     Args:
-        measured: The landscape; says what configurations cost.
+        spec: The study that was measured.
+        memo: File that :class:`Measured` has written.
         stored: Further measurements of ``searches.py``: ``NAME.WAY.search.npz``.
         scale: Length scale of the kernel, in units of ``max_length``.
         nugget: Share of the variation that neighbours do not have in common.
     """
 
     def __init__(
-        self, measured: Measured, stored: Sequence[Path] = (), scale: float = 0.8, nugget: float = 1e-3
+        self, spec: StudySpec, memo: Path, stored: Sequence[Path] = (), scale: float = 0.8, nugget: float = 1e-3
     ) -> None:
-        known: dict[tuple[int, ...], tuple[np.ndarray, np.ndarray]] = {}
+        rows = [json.loads(line) for line in memo.read_text().splitlines()] if memo.exists() else []
+        self.examples = len(rows[0]["scores"])
+        known = {
+            tuple(row["lengths"]): (row["cost"], np.array(row["scores"]), np.exp(np.array(row["log_probs"])))
+            for row in rows
+        }
         for path in stored:
             with np.load(path) as arrays:
-                parts = (arrays[name][:, : measured.examples].astype(float) for name in ("metric", "probability"))
+                parts = (arrays[name][:, : self.examples].astype(float) for name in ("metric", "probability"))
                 for lengths, right, probability in zip(arrays["lengths"].tolist(), *parts, strict=True):
-                    known[tuple(lengths)] = right, probability
-        for row in measured.rows():
-            known[tuple(row["lengths"])] = np.array(row["scores"]), np.exp(np.array(row["log_probs"]))
-        self.name, self.p = f"{measured.name}, emulated from {len(known)} measured configurations", measured.p
-        self.num_layers, self.max_length = measured.num_layers, measured.max_length
-        self.retention, self.cost = measured.retention, measured.cost
-        right = np.array([pair[0] for pair in known.values()]) > 50
-        clipped = np.clip(np.array([pair[1] for pair in known.values()]), 1e-4, 1 - 1e-4)
+                    # Costs of the file are those of all its examples, the others' of the first ones.
+                    known.setdefault(tuple(lengths), (np.nan, right, probability / max(1.0, probability.max())))
+        self.name, self.p = f"{spec.name}, emulated from {len(known)} measured configurations", spec.training.p
+        self.num_layers, self.max_length = len(rows[0]["lengths"]), spec.task.max_length
+        self.retention = spec.search.retention
+        self._x = np.array(list(known)) / self.max_length
+        costs = np.array([value[0] for value in known.values()])
+        there = ~np.isnan(costs)
+        products = _products(self._x[there])
+        self._flops = np.linalg.lstsq(products, costs[there], rcond=None)[0]
+        self.cost_error = float(np.abs(products @ self._flops - costs[there]).max())
+        right = np.array([value[1] for value in known.values()]) > 50
+        clipped = np.clip(np.array([value[2] for value in known.values()]), 1e-4, 1 - 1e-4)
         odds = np.log(clipped / (1 - clipped))
         low = np.where(right, odds, np.inf).min(0)  # an example's least certain right answer
         high = np.where(right, -np.inf, odds).max(0)  # its most certain wrong one
         self._bar = np.where(np.isinf(low), np.inf, np.where(np.isinf(high), -np.inf, (low + high) / 2))
-        self._x = np.array(list(known)) / self.max_length
         self._scale = scale
         self._trend = np.linalg.lstsq(_trend(self._x), odds, rcond=None)[0]
         factor = np.linalg.cholesky(self._kernel(self._x) + nugget * np.eye(len(known)))
         rest = odds - _trend(self._x) @ self._trend
         self._weights = np.linalg.solve(factor.T, np.linalg.solve(factor, rest))
         self._known: dict[tuple[int, ...], tuple[float, float]] = {}
+
+    def cost(self, config: LengthConfig) -> float:
+        """FLOPs as a fraction of the dense model's, within :attr:`cost_error` of the arithmetic."""
+        return round(float((_products(np.array([config.lengths]) / self.max_length) @ self._flops)[0]), 6)
 
     def value(self, config: LengthConfig, metric: str = "metric") -> float:
         """As :meth:`Measured.value`."""
@@ -158,3 +174,8 @@ class Emulated:
 
 def _trend(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(x), 1)), x, x * x], 1)
+
+
+def _products(x: np.ndarray) -> np.ndarray:
+    before = np.concatenate([np.ones((len(x), 1)), x[:, :-1]], 1)
+    return np.concatenate([np.ones((len(x), 1)), x, before * x, x * x], 1)

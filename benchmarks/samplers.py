@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import torch
 from landscapes import Emulated, Measured
 
 from lat_optuna.length_config import LengthConfig
@@ -71,18 +70,26 @@ def search(landscape: Any, metric: str, sampler: str, seed: int, trials: list[li
 
 def run(arguments: argparse.Namespace) -> None:
     """All samplers, seeds and counts, the small counts first."""
-    torch.set_num_threads(1)
     spec = load_spec(arguments.study, [*arguments.set, "search.precision=bf16"])
-    measured = Measured(spec, arguments.examples, arguments.memo)
-    landscape = Emulated(measured, arguments.stored) if arguments.emulated else measured
+    landscape: Any
+    if arguments.emulated:
+        memo = arguments.memo / f"{spec.name}-{arguments.examples}-bf16.jsonl"
+        landscape = Emulated(spec, memo, arguments.stored)
+        print(f"{landscape.name}; costs within {landscape.cost_error:.5f}", flush=True)
+    else:
+        import torch
+
+        torch.set_num_threads(1)
+        landscape = Measured(spec, arguments.examples, arguments.memo)
     low = plan_for(landscape, "paper", 0).lowest_cost
     file = (
-        arguments.results / f"{spec.name}-{measured.examples}-{arguments.metric}{'-emulated' * arguments.emulated}.json"
+        arguments.results
+        / f"{spec.name}-{landscape.examples}-{arguments.metric}{'-emulated' * arguments.emulated}.json"
     )
     state = {
         "landscape": landscape.name,
         "low": low,
-        "examples": measured.examples,
+        "examples": landscape.examples,
         "metric": arguments.metric,
         "runs": {},
     }
