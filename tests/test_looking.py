@@ -187,7 +187,7 @@ def spec(tmp_path, monkeypatch) -> StudySpec:
     spec = load_spec(study_file(tmp_path, n_trials=12))
     plan = SearchPlan(LAYERS, MAX_LENGTH, p=P, cost=EVALUATOR.cost, num_initial=4, num_mutations=4, num_crossovers=4)
     search = Search(spec.storage, spec.name, lambda device: EVALUATOR, lambda evaluator: plan, spec.search.n_trials)
-    monkeypatch.setattr(pipeline, "_search_of", lambda spec: search)
+    monkeypatch.setattr(pipeline, "search_of", lambda spec: search)
     return spec
 
 

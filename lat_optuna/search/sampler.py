@@ -388,17 +388,21 @@ class Fronts:
 
     Args:
         plan: Says which slot belongs to which generation.
+
+    Attributes:
+        notes: What a plan keeps to save working it out again from the same trials.
     """
 
     def __init__(self, plan: SearchPlan) -> None:
         self._plan = plan
-        self._finished: list[Candidate] = []
+        self._finished: list[Candidate] = []  # in the order of their slots
         self._abandoned: list[Candidate] = []
         self._fronts: dict[int, ParetoFront] = {}
+        self.notes: dict[str, Any] = {}
 
     def add(self, candidate: Candidate) -> None:
         """Take a finished trial in."""
-        self._finished.append(candidate)
+        bisect.insort(self._finished, candidate, key=lambda one: one.slot)
         own = self._plan.generation_of(candidate.slot)
         for generation, front in self._fronts.items():
             if own < generation:
@@ -415,8 +419,16 @@ class Fronts:
 
     def finished(self, generation: int | None = None) -> Sequence[Candidate]:
         """All finished trials, or those of generations below ``generation``, in the order of their slots."""
-        found = (one for one in self._finished if generation is None or self._plan.generation_of(one.slot) < generation)
-        return sorted(found, key=lambda one: one.slot)
+        return self._finished[: self._count_before(generation)]
+
+    def later(self, generation: int) -> Sequence[Candidate]:
+        """Finished trials of this and later generations, in the order of their slots."""
+        return self._finished[self._count_before(generation) :]
+
+    def _count_before(self, generation: int | None) -> int | None:
+        if generation is None:
+            return None
+        return bisect.bisect_left(self._finished, self._plan.slots_of(generation).start, key=lambda one: one.slot)
 
     def before(self, generation: int) -> Sequence[Candidate]:
         """The front of the trials of generations below ``generation``, in rising cost."""

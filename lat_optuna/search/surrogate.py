@@ -13,8 +13,6 @@ import math
 import random
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -23,6 +21,8 @@ from lat_optuna.search.sampler import Candidate, Fronts, ParetoFront, Proposal, 
 
 POOL = 200
 """Candidates a slot. More help a little in the first 30 trials, and not later."""
+FAR, MUTATED = 0.2, 0.25
+"""Shares of the pool that LengthDrop draws, far from the front, and that the paper's mutation does."""
 MOST_OBSERVATIONS = 400
 """Trials that the process is fitted to: those nearest to the front. Keeps the time of a proposal flat."""
 SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -39,10 +39,10 @@ class ScreenedPlan(SearchPlan):
     """A small initial population, then small generations of configurations that a surrogate has screened.
 
     Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
-    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` moves from the front of earlier
-    generations: the paper's mutation, or a step of one to three layers. Configurations of the same generation that are
-    running or finished count as evaluated, with what the surrogate expects of them: so that slots do not crowd, and a
-    proposal stays a function of (seed, slot, visible trials).
+    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` candidates: moves from the front
+    of earlier generations (a step of one to three layers, or the paper's mutation) and draws of LengthDrop.
+    Configurations of the same generation that are running or finished count as evaluated, with what the surrogate
+    expects of them: so that slots do not crowd, and a proposal stays a function of (seed, slot, visible trials).
 
     With further objectives each slot weighs them and the cost against each other in its own way, at random.
     """
@@ -80,14 +80,13 @@ class ScreenedPlan(SearchPlan):
         if not pool:
             return self.propose(slot, parents, taken)
         configs = [config for config, _ in pool]
-        later = (one.config for one in seen.finished() if self.generation_of(one.slot) >= generation)
+        later = (one.config for one in seen.later(generation))
         pending = sorted({*later, *running}, key=lambda config: config.lengths)
-        abandoned = [] if finished[0].further else seen.abandoned(generation)
-        surrogate = self._surrogate([*finished, *abandoned], parents)
+        surrogate = self._surrogate(seen, generation, parents)
         mean, deviation = surrogate.predict(self._shares([*pending, *configs]))
         price = self._prices(finished, rng)
         front = ParetoFront()
-        for one in finished:
+        for one in finished if finished[0].further else parents:
             front.add(Candidate(one.slot, one.number, one.config, one.metric, price(one.cost, one.further)))
         prices = [
             price(self.cost_of(config), further)
@@ -101,20 +100,22 @@ class ScreenedPlan(SearchPlan):
         gains = expected_gain(front.members, mean[new, 0], deviation[new], np.array(prices[new]), highest, floor)
         best = int(np.argmax(np.round(gains / (gains.max() or 1.0), DIGITS)))
         config, parent = pool[best]
-        return Proposal(config, generation, "screened", (parent.number,))
+        return Proposal(config, generation, "screened", () if parent is None else (parent.number,))
 
     def _pool(
         self, parents: Sequence[Candidate], taken: Container[tuple[int, ...]], rng: random.Random
-    ) -> list[tuple[LengthConfig, Candidate]]:
-        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate]] = {}
+    ) -> list[tuple[LengthConfig, Candidate | None]]:
+        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate | None]] = {}
         for _ in range(4 * POOL):
-            parent = rng.choice(parents)
-            if rng.random() < 0.3:
+            parent, kind = rng.choice(parents), rng.random()
+            if kind < FAR:
+                config = LengthConfig.length_drop(self.p, self.num_layers, self.max_length, rng, self.retention)
+            elif kind < FAR + MUTATED:
                 config = parent.config.mutate(self.mutation_prob, rng)
             else:
                 config = self._step(parent.config, rng)
             if config.lengths not in taken and config.lengths not in pool and self.allows(config):
-                pool[config.lengths] = config, parent
+                pool[config.lengths] = config, None if kind < FAR else parent
                 if len(pool) == POOL:
                     break
         return list(pool.values())
@@ -145,8 +146,18 @@ class ScreenedPlan(SearchPlan):
         weights = np.array(draws) / sum(draws)
         return lambda cost, further: float(weights @ ((np.array([cost, *further]) - low) / width))
 
-    def _surrogate(self, finished: Sequence[Candidate], front: Sequence[Candidate]) -> Surrogate:
-        """Fitted to the finished trials, or to those of them that lie nearest to the front."""
+    def _surrogate(self, seen: Fronts, generation: int, front: Sequence[Candidate]) -> Surrogate:
+        """Fitted to the trials of earlier generations, or to those of them that lie nearest to the front.
+
+        The slots of a generation share it: it is fitted again when more trials of earlier ones have become visible.
+        """
+        finished = seen.finished(generation)
+        if not finished[0].further:
+            finished = [*finished, *seen.abandoned(generation)]
+        count = (generation, len(finished))
+        if seen.notes.get("fitted to") == count:
+            known: Surrogate = seen.notes["surrogate"]
+            return known
         if len(finished) > MOST_OBSERVATIONS:
             costs = [one.cost for one in front]
             best = list(itertools.accumulate((one.metric for one in front), max))
@@ -156,17 +167,10 @@ class ScreenedPlan(SearchPlan):
                 return (best[place - 1] if place else best[0]) - one.metric
 
             finished = sorted(finished, key=lambda one: (distance(one), one.slot))[:MOST_OBSERVATIONS]
-        numbers = tuple(one.number for one in finished)
-        if self._fitted.get("numbers") != numbers:
-            values = np.array([(one.metric, *one.further) for one in finished])
-            self._fitted["numbers"] = numbers
-            self._fitted["surrogate"] = Surrogate(self._shares([one.config for one in finished]), values)
-        return self._fitted["surrogate"]
-
-    @cached_property
-    def _fitted(self) -> dict[str, Any]:
-        """The last surrogate, and what it was fitted to: the slots of a generation share it."""
-        return {}
+        values = np.array([(one.metric, *one.further) for one in finished])
+        surrogate = Surrogate(self._shares([one.config for one in finished]), values)
+        seen.notes.update({"fitted to": count, "surrogate": surrogate})
+        return surrogate
 
 
 class Surrogate:
