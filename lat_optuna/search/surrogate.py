@@ -21,8 +21,8 @@ from lat_optuna.search.sampler import Candidate, Fronts, ParetoFront, Proposal, 
 
 POOL = 200
 """Candidates a slot. More help a little in the first 30 trials, and not later."""
-FAR, MUTATED = 0.2, 0.25
-"""Shares of the pool that LengthDrop draws, far from the front, and that the paper's mutation does."""
+MUTATED = 0.3
+"""Share of the pool that the paper's mutation draws."""
 MOST_OBSERVATIONS = 400
 """Trials that the process is fitted to: those nearest to the front. Keeps the time of a proposal flat."""
 SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
@@ -39,10 +39,10 @@ class ScreenedPlan(SearchPlan):
     """A small initial population, then small generations of configurations that a surrogate has screened.
 
     Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
-    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` candidates: moves from the front
-    of earlier generations (a step of one to three layers, or the paper's mutation) and draws of LengthDrop.
-    Configurations of the same generation that are running or finished count as evaluated, with what the surrogate
-    expects of them: so that slots do not crowd, and a proposal stays a function of (seed, slot, visible trials).
+    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` moves from the front of earlier
+    generations: a step of one to three layers, or the paper's mutation. Configurations of the same generation that are
+    running or finished count as evaluated, with what the surrogate expects of them: so that slots do not crowd, and a
+    proposal stays a function of (seed, slot, visible trials).
 
     With further objectives each slot weighs them and the cost against each other in its own way, at random.
     """
@@ -100,22 +100,20 @@ class ScreenedPlan(SearchPlan):
         gains = expected_gain(front.members, mean[new, 0], deviation[new], np.array(prices[new]), highest, floor)
         best = int(np.argmax(np.round(gains / (gains.max() or 1.0), DIGITS)))
         config, parent = pool[best]
-        return Proposal(config, generation, "screened", () if parent is None else (parent.number,))
+        return Proposal(config, generation, "screened", (parent.number,))
 
     def _pool(
         self, parents: Sequence[Candidate], taken: Container[tuple[int, ...]], rng: random.Random
-    ) -> list[tuple[LengthConfig, Candidate | None]]:
-        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate | None]] = {}
+    ) -> list[tuple[LengthConfig, Candidate]]:
+        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate]] = {}
         for _ in range(4 * POOL):
-            parent, kind = rng.choice(parents), rng.random()
-            if kind < FAR:
-                config = LengthConfig.length_drop(self.p, self.num_layers, self.max_length, rng, self.retention)
-            elif kind < FAR + MUTATED:
+            parent = rng.choice(parents)
+            if rng.random() < MUTATED:
                 config = parent.config.mutate(self.mutation_prob, rng)
             else:
                 config = self._step(parent.config, rng)
             if config.lengths not in taken and config.lengths not in pool and self.allows(config):
-                pool[config.lengths] = config, None if kind < FAR else parent
+                pool[config.lengths] = config, parent
                 if len(pool) == POOL:
                     break
         return list(pool.values())
