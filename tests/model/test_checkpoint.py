@@ -93,7 +93,7 @@ def test_without_a_front_there_is_nothing_to_pick(saved):
     with pytest.raises(ValueError, match=r"front .* is empty"):
         load(saved, budget=0.5)
     write_side_file(saved, SideFile(3, 20, front=FRONT[-1:]))
-    with pytest.raises(ValueError, match=r"no point .* has a latency"):
+    with pytest.raises(ValueError, match=r"no point has a latency"):
         load(saved, latency_ms=5)
 
 
