@@ -43,7 +43,16 @@ DataSpec = str | dict[str, str | list[str]]
 """A name on the hub, a folder, or split -> file or files."""
 
 
-class TextClassificationSpec(_Section):
+class _TaskSection(_Section):
+    """Numbers of rows, which every task takes; ``search`` and ``test`` are held out from the training rows."""
+
+    train_rows: int | None = Field(default=None, ge=1)
+    validation_rows: int | None = Field(default=None, ge=1)
+    search_rows: int | None = Field(default=None, ge=1)
+    test_rows: int | None = Field(default=None, ge=1)
+
+
+class TextClassificationSpec(_TaskSection):
     """See :class:`lat_optuna.tasks.text_classification.TextClassification`."""
 
     type: Literal["text_classification"]
@@ -55,13 +64,9 @@ class TextClassificationSpec(_Section):
     max_length: int = Field(default=128, ge=8)
     train_split: str | None = "train"
     validation_split: str = "validation"
-    train_rows: int | None = Field(default=None, ge=1)
-    validation_rows: int | None = Field(default=None, ge=1)
-    search_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
 
 
-class QuestionAnsweringSpec(_Section):
+class QuestionAnsweringSpec(_TaskSection):
     """See :class:`lat_optuna.tasks.question_answering.QuestionAnswering`."""
 
     type: Literal["question_answering"]
@@ -71,13 +76,9 @@ class QuestionAnsweringSpec(_Section):
     stride: int = Field(default=128, ge=0)
     train_split: str = "train"
     validation_split: str = "validation"
-    train_rows: int | None = Field(default=None, ge=1)
-    validation_rows: int | None = Field(default=None, ge=1)
-    search_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
 
 
-class TokenClassificationSpec(_Section):
+class TokenClassificationSpec(_TaskSection):
     """See :class:`lat_optuna.tasks.token_classification.TokenClassification`."""
 
     type: Literal["token_classification"]
@@ -89,32 +90,20 @@ class TokenClassificationSpec(_Section):
     max_length: int = Field(default=128, ge=8)
     train_split: str = "train"
     validation_split: str = "validation"
-    train_rows: int | None = Field(default=None, ge=1)
-    validation_rows: int | None = Field(default=None, ge=1)
-    search_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
 
 
-class StdlibCodeSpec(_Section):
+class StdlibCodeSpec(_TaskSection):
     """See :class:`lat_optuna.tasks.stdlib_code.StdlibCode`."""
 
     type: Literal["stdlib_code"]
     max_length: int = Field(default=192, ge=8)
-    train_rows: int | None = Field(default=None, ge=1)
-    validation_rows: int | None = Field(default=None, ge=1)
-    search_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
 
 
-class StdlibDocsSpec(_Section):
+class StdlibDocsSpec(_TaskSection):
     """See :class:`lat_optuna.tasks.stdlib_docs.StdlibDocs`."""
 
     type: Literal["stdlib_docs"]
     max_length: int = Field(default=128, ge=8)
-    train_rows: int | None = Field(default=None, ge=1)
-    validation_rows: int | None = Field(default=None, ge=1)
-    search_rows: int | None = Field(default=None, ge=1)
-    test_rows: int | None = Field(default=None, ge=1)
 
 
 TaskSpec = Annotated[
