@@ -8,6 +8,7 @@ landscape made of real ones, and named as such.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import numpy as np
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.pipeline import MakeEvaluator
-from lat_optuna.search.evaluator import ModelEvaluator
+from lat_optuna.search.evaluator import Evaluation, ModelEvaluator
+from lat_optuna.search.racing import Racing
 from lat_optuna.spec import StudySpec
 
 
@@ -32,15 +34,19 @@ class Measured:
     def __init__(self, spec: StudySpec, examples: int, memo: Path) -> None:
         self.name, self.p = spec.name, spec.training.p
         ev: ModelEvaluator = MakeEvaluator(spec)("cpu")
-        self._ev, task = ev, ev.task
-        owners = task.examples(ev.split) if hasattr(task, "examples") else range(len(ev._lengths))
-        self._owners = [owner for owner in owners if owner < examples]  # features are in the order of their examples
-        ev._features = ev._features.select(range(len(self._owners)))
-        ev._lengths = ev._lengths[: len(self._owners)]
+        first = int(np.searchsorted(ev._examples, examples))  # features are in the order of their examples
+        ev._features, ev._examples, ev._lengths = (
+            ev._features.select(range(first)),
+            ev._examples[:first],
+            ev._lengths[:first],
+        )
         ev._counts = type(ev._counts)(ev._lengths)
         ev._dense_flops = ev._flops(None)
+        ev.num_examples = len(np.unique(ev._examples))
+        ev.racing = Racing(looks=())  # every example's scores, and nothing abandoned
+        self._ev = ev
         self.num_layers, self.max_length, self.retention = ev.num_layers, ev.max_length, ev.retention
-        self.examples = len(set(self._owners))
+        self.examples = ev.num_examples
         self._file = memo / f"{spec.name}-{self.examples}-{spec.search.precision}.jsonl"
         self._known: dict[str, dict[str, Any]] = {}
         if self._file.exists():
@@ -74,29 +80,16 @@ class Measured:
         return list(self._known.values())
 
     def _measure(self, config: LengthConfig) -> dict[str, Any]:
-        import torch
-
-        ev, task = self._ev, self._ev.task
-        if not ev._batches:
-            ev._batches = list(ev._make_batches())
-        predictions: list[Any] = [None] * len(self._owners)
-        log_probs = np.zeros(len(self._owners))
-        with (
-            torch.inference_mode(),
-            torch.autocast("cpu", dtype=torch.bfloat16, enabled=ev.precision == "bf16"),
-            ev.model.at(config),
-        ):
-            for batch in ev._batches:
-                output = ev.model(**batch.inputs)
-                for row, prediction in zip(batch.rows, task.predictions(output, batch.tensors), strict=True):
-                    predictions[row] = prediction
-                log_probs[batch.rows] = task.log_probs(output, batch.tensors).double().numpy()
-        scores = task.score_examples(ev.split, range(len(self._owners)), predictions)[ev.metric_name]
+        start = time.perf_counter()
+        found = self._ev._run(config, None)
+        assert isinstance(found, Evaluation)
+        probability = found.by_example["probability"].astype(np.float64)
         return {
-            "metric": float(scores.mean()),
-            "probability": 100 * float(np.nanmean(np.exp(log_probs))),
-            "scores": [round(float(score), 2) for score in scores],
-            "log_probs": [round(float(value), 4) for value in log_probs],
+            "metric": found.metric,
+            "probability": found.details["probability"],
+            "seconds": round(time.perf_counter() - start, 3),
+            "scores": [round(float(score), 2) for score in found.by_example["metric"]],
+            "log_probs": [round(float(value), 4) for value in np.log(np.maximum(probability, 1e-4) / 100)],
         }
 
 

@@ -77,25 +77,37 @@ def make_task(spec: StudySpec) -> Task:
 
 
 def pretrained(spec: StudySpec) -> str:
-    """The encoder that a study starts from, as transformers takes it; cut to ``model.layers`` where that is set.
+    """The encoder that a study starts from, as transformers takes it, with what ``model`` changes of it.
 
-    The cut lies in the study's folder ``pretrained`` and is made once.
+    A changed one lies in the study's folder ``pretrained`` and is made once.
 
     Raises:
-        SpecError: The encoder has no more layers than that.
+        SpecError: The encoder has no more layers than ``model.layers``, or no dropout on attention probabilities.
     """
-    checkpoint, layers = resolve_checkpoint(spec.model), spec.model.layers
-    if layers is None:
+    checkpoint, layers, dropout = resolve_checkpoint(spec.model), spec.model.layers, spec.model.attention_dropout
+    if layers is None and dropout is None:
         return checkpoint
     folder = spec.output / "pretrained"
     if not folder.is_dir():
         from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-        has = AutoConfig.from_pretrained(checkpoint).num_hidden_layers
-        if layers >= has:
-            raise SpecError(f"model.layers: {checkpoint} has {has} layers; keep fewer than that, not {layers}")
+        config = AutoConfig.from_pretrained(checkpoint)
+        if layers is not None:
+            if layers >= config.num_hidden_layers:
+                raise SpecError(
+                    f"model.layers: {checkpoint} has {config.num_hidden_layers} layers; keep fewer than that, "
+                    f"not {layers}"
+                )
+            config.num_hidden_layers = layers
+        if dropout is not None:
+            names = [name for name in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, name)]
+            if not names:
+                raise SpecError(
+                    f"model.attention_dropout: {checkpoint} ({config.model_type}) has no such setting; leave it out"
+                )
+            setattr(config, names[0], dropout)
         partial = folder.with_name("pretrained.partial")
-        AutoModel.from_pretrained(checkpoint, num_hidden_layers=layers).save_pretrained(partial)
+        AutoModel.from_pretrained(checkpoint, config=config).save_pretrained(partial)
         AutoTokenizer.from_pretrained(checkpoint).save_pretrained(partial)
         partial.rename(folder)
     return str(folder)
@@ -260,8 +272,8 @@ class Stage:
 
     def _settings(self) -> dict[str, Any]:
         values = self.spec.model_dump(mode="json", include={"model", "task", "training"})
-        for section in ("model", "training"):
-            for key in {"sha256", "save_steps", "eval_steps"} & set(values[section]):
+        for section in ("model", "task", "training"):
+            for key in {"sha256", "validation_rows", "save_steps", "eval_steps"} & set(values[section]):
                 del values[section][key]
         if self.adaptive:
             values["search"] = {"retention": self.spec.search.retention}

@@ -60,6 +60,10 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "without LayerDrop": {"layer_drop": 0.0},
     "without the sandwich rule": {"sandwich": False},
     "without distillation": {"distillation": False},
+    "with the label's loss at half weight": {"label_weight": 0.5},
+    "with reverse KL": {"divergence": "reverse"},
+    "with temperature 2": {"temperature": 2.0},
+    "with a thinned teacher": {"thin_teacher": True},
 }
 """Row of the table -> settings of :class:`lat_optuna.trainer.LengthAdaptation` in place of the study's."""
 

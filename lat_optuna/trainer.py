@@ -32,6 +32,7 @@ from lat_optuna.model.checkpoint import SideFile, read_side_file, write_side_fil
 from lat_optuna.tasks import Task
 
 PassKind = Literal["full", "random", "smallest"]
+Divergence = Literal["forward", "reverse"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class LengthAdaptation:
         sandwich: Whether the smallest sub-model is trained in every step. Without, one more random sub-model (which
             skips no layer) takes its place, so that both cost as many passes.
         distillation: Whether sub-models learn the full model's prediction. Without, they learn the label.
+        label_weight: Share of the label's loss in a sub-model's, the rest being distillation.
+        divergence: ``"forward"`` is KL(full || sub-model), ``"reverse"`` KL(sub-model || full).
+        thin_teacher: Whether LayerDrop thins the full model, too.
 
     Raises:
         ValueError: A value is out of its range.
@@ -77,17 +81,21 @@ class LengthAdaptation:
     temperature: float = 1.0
     sandwich: bool = True
     distillation: bool = True
+    label_weight: float = 0.0
+    divergence: Divergence = "forward"
+    thin_teacher: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("p", "layer_drop"):
+        for name in ("p", "layer_drop", "label_weight"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}")
         if self.num_random < 0:
             raise ValueError(f"num_random must be at least 0, not {self.num_random}")
         if self.max_length < 1:
             raise ValueError(f"max_length must be at least 1, not {self.max_length}")
-        if self.retention not in get_args(Retention):
-            raise ValueError(f"retention must be one of {get_args(Retention)}, not {self.retention!r}")
+        for name, values in (("retention", get_args(Retention)), ("divergence", get_args(Divergence))):
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} must be one of {values}, not {getattr(self, name)!r}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be positive, not {self.temperature}")
 
@@ -102,18 +110,22 @@ class LengthAdaptation:
             seed: Seed of the run.
             step: Number of the optimiser step, from 0.
         """
-        passes = [SubModel("full")]
+        rng = random.Random(f"{seed}/{step}/0")
+        passes = [SubModel("full", None, self._skipped(num_layers, rng) if self.thin_teacher else frozenset())]
         for number in range(1, self.num_random + (1 if self.sandwich else 2)):
             rng = random.Random(f"{seed}/{step}/{number}")
             config = LengthConfig.length_drop(self.p, num_layers, self.max_length, rng, self.retention)
-            skipped = {layer for layer in range(num_layers) if rng.random() < self.layer_drop}
-            if len(skipped) == num_layers:  # a model of no layers is none
-                skipped.remove(num_layers - 1)
-            passes.append(SubModel("random", config, frozenset(skipped if number <= self.num_random else ())))
+            skipped = self._skipped(num_layers, rng)
+            passes.append(SubModel("random", config, skipped if number <= self.num_random else frozenset()))
         if self.sandwich:
             smallest = LengthConfig.smallest(self.p, num_layers, self.max_length, self.retention)
             passes.append(SubModel("smallest", smallest))
         return tuple(passes)
+
+    def _skipped(self, num_layers: int, rng: random.Random) -> frozenset[int]:
+        """Layers that LayerDrop leaves out of one pass; not all, as a model of no layers is none."""
+        skipped = {layer for layer in range(num_layers) if rng.random() < self.layer_drop}
+        return frozenset(skipped - {num_layers - 1} if len(skipped) == num_layers else skipped)
 
 
 class ExactTrainer(Trainer):
@@ -281,10 +293,7 @@ class LengthAdaptiveTrainer(ExactTrainer):
                             teacher = _predictions(outputs)
                         del outputs
                     elif self.adaptation.distillation:
-                        student = model(**{k: value for k, value in inputs.items() if k not in self.label_names})
-                        loss = self.distillation_loss(_predictions(student, detach=False), teacher, inputs)
-                        loss = loss * self._share(inputs, num_items_in_batch)
-                        del student
+                        loss = self._sub_model_loss(model, inputs, teacher, num_items_in_batch)
                     else:
                         loss = self.compute_loss(model, dict(inputs), num_items_in_batch=num_items_in_batch)
                     self.accelerator.backward(loss / len(passes))
@@ -330,6 +339,17 @@ class LengthAdaptiveTrainer(ExactTrainer):
                 if leaf.grad is not None:
                     output.backward(leaf.grad)
 
+    def _sub_model_loss(
+        self, model: Any, inputs: dict[str, Any], teacher: dict[str, torch.Tensor], num_items_in_batch: Any
+    ) -> torch.Tensor:
+        weight = self.adaptation.label_weight
+        if weight:
+            label_loss, student = self.compute_loss(model, dict(inputs), True, num_items_in_batch)
+        else:
+            label_loss, student = 0.0, model(**{k: v for k, v in inputs.items() if k not in self.label_names})
+        loss = self.distillation_loss(_predictions(student, detach=False), teacher, inputs)
+        return (1 - weight) * loss * self._share(inputs, num_items_in_batch) + weight * label_loss
+
     def distillation_loss(
         self,
         student_outputs: Mapping[str, torch.Tensor],
@@ -338,7 +358,7 @@ class LengthAdaptiveTrainer(ExactTrainer):
     ) -> torch.Tensor:
         """How far a sub-model's prediction is from the full model's; override it for outputs of another kind.
 
-        Forward KL, KL(teacher || student). Classification: mean over examples. Regression: squared error. Several
+        KL(teacher || student), or its reverse (``adaptation.divergence``). Classification: mean over examples. Regression: squared error. Several
         labels an example: KL of each label's Bernoulli, mean over labels. Token-level logits: mean over the tokens
         that carry a label, or over the real ones where none is given. Question answering: over the real positions,
         mean of start and end.
@@ -355,6 +375,8 @@ class LengthAdaptiveTrainer(ExactTrainer):
             TypeError: The outputs are of none of these kinds.
         """
         student, teacher, temperature = student_outputs, teacher_outputs, self.adaptation.temperature
+        if self.adaptation.divergence == "reverse":
+            student, teacher = teacher, student
         mask = inputs.get("attention_mask")
         if "start_logits" in student and "end_logits" in student:
             start, end = (

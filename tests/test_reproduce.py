@@ -174,6 +174,25 @@ def test_an_encoder_can_be_cut(tmp_path):
         pretrained(load_spec(make_study(tmp_path, layers=3), ["output=elsewhere"]))
 
 
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_attention_dropout_can_be_set(tmp_path, family):
+    from transformers import AutoConfig, AutoModel, DistilBertConfig, DistilBertModel
+
+    from lat_optuna.model import adapt
+    from lat_optuna.model.families import family_of
+
+    spec = load_spec(make_study(tmp_path, attention_dropout=0.0))
+    if family == "distilbert":
+        config = DistilBertConfig(vocab_size=50, dim=16, hidden_dim=16, n_layers=2, n_heads=2)
+        DistilBertModel(config).save_pretrained(spec.model.checkpoint)
+    model = AutoModel.from_pretrained(pretrained(spec))
+    of = family_of(model.config)
+    assert of.dropout(next(iter(of.layers(adapt(model))))) == 0
+    assert AutoConfig.from_pretrained(spec.model.checkpoint).to_dict() != model.config.to_dict()
+    with pytest.raises(SpecError, match="attention_dropout"):
+        load_spec(make_study(tmp_path, attention_dropout=1.0))
+
+
 def test_wrong_use_is_named(tmp_path):
     study = make_study(tmp_path)
     twice = CliRunner().invoke(main, ["reproduce", str(study), str(study)])

@@ -179,6 +179,10 @@ def test_ablations():
     assert [sub_model.kind for sub_model in LengthAdaptation(num_random=0).passes(4, 0, 0)] == ["full", "smallest"]
     no_drop = LengthAdaptation(p=0.0).passes(4, 0, 0)
     assert all(sub_model.config.is_full for sub_model in no_drop[1:])
+    thin = [LengthAdaptation(thin_teacher=True).passes(8, 0, step) for step in range(300)]
+    assert sum(len(passes[0].skip_layers) for passes in thin) / (300 * 8) == pytest.approx(0.2, abs=0.03)
+    assert all(passes[0].config is None for passes in thin)
+    assert [passes[1:] for passes in thin] == [LengthAdaptation().passes(8, 0, step)[1:] for step in range(300)]
 
 
 @pytest.mark.parametrize(
@@ -191,6 +195,8 @@ def test_ablations():
         ({"max_length": 0}, "max_length"),
         ({"retention": "half"}, "retention"),
         ({"temperature": 0.0}, "temperature"),
+        ({"label_weight": 1.0}, "label_weight"),
+        ({"divergence": "both"}, "divergence"),
     ],
 )
 def test_adaptation_refuses(wrong, word):
@@ -243,6 +249,24 @@ def test_without_distillation_sub_models_learn_the_label(tmp_path):
             (model(**batch).loss / len(passes)).backward()
     expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     same(gradients(tmp_path, bert(), data, adaptation, per_device_train_batch_size=8), expected)
+
+
+def test_a_sub_models_loss_may_be_shared_with_the_label(tmp_path):
+    data = rows(8)
+    parts = {
+        weight: gradients(
+            tmp_path,
+            bert(),
+            data,
+            LengthAdaptation(p=0.3, max_length=MAX_LENGTH, label_weight=weight),
+            per_device_train_batch_size=8,
+        )
+        for weight in (0.0, 0.25)
+    }
+    label = LengthAdaptation(p=0.3, max_length=MAX_LENGTH, distillation=False)
+    parts[1.0] = gradients(tmp_path, bert(), data, label, per_device_train_batch_size=8)
+    mixed = {name: 0.75 * parts[0.0][name] + 0.25 * parts[1.0][name] for name in parts[0.0]}
+    same(parts[0.25], mixed)
 
 
 @pytest.mark.parametrize("trainer", [ExactTrainer, LengthAdaptiveTrainer])
@@ -469,6 +493,8 @@ def test_classes_learn_by_forward_kl(tmp_path):
     torch.testing.assert_close(got, kl(t, s).mean())
     warm = loss_of(tmp_path, {"logits": s}, {"logits": t}, {}, temperature=2.0)
     torch.testing.assert_close(warm, 4 * kl(t / 2, s / 2).mean())
+    reverse = loss_of(tmp_path, {"logits": s}, {"logits": t}, {}, divergence="reverse")
+    torch.testing.assert_close(reverse, kl(s, t).mean())
 
 
 def test_regression_learns_by_squared_error(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -210,8 +211,9 @@ class ModelEvaluator:
         task: What it is measured on.
         split: Which part of the task's data.
         device: ``"cpu"``, ``"cuda:1"``, ...
-        tokens_per_batch: Tokens of a batch, padding included; by default what was fastest on a device of this kind.
-            Halved for good when a GPU's memory does not suffice.
+        tokens_per_batch: Tokens of a batch, padding included, up to a factor of 1.42, as batches have 1, 2, 4, ...
+            examples; by default what was fastest on a device of this kind. Halved for good when a GPU's memory does
+            not suffice.
         protocol: How cost is counted: ``"real"``, at the examples' own lengths; ``"padded"``, all padded to
             ``max_length``, as in the paper. Predictions are the same, and made without the padding.
         retention: Of all configurations; by default relative, or absolute where the protocol is ``"padded"``.
@@ -382,7 +384,7 @@ class ModelEvaluator:
             try:
                 return self._run(config, rival)
             except torch.OutOfMemoryError:
-                if self.tokens_per_batch <= max(self._lengths):  # a batch is one example already
+                if _power_of_two(self.tokens_per_batch / max(self._lengths)) == 1:  # a batch is one example already
                     raise
                 self.tokens_per_batch //= 2
             # Outside of the handler: the exception holds the frames, and those the tensors, of the failed attempt.
@@ -470,12 +472,16 @@ class ModelEvaluator:
             yield _Chunk(features, owners, examples, list(self._make_batches(features.tolist())))
 
     def _make_batches(self, rows: list[int]) -> Iterator[_Batch]:
-        """Longest examples first: what does not fit into memory shows at once."""
+        """Longest examples first: what does not fit into memory shows at once.
+
+        Sizes are powers of two. Every configuration makes matrices of other shapes, and for a shape that is new to it
+        a library of kernels generates code (oneDNN on CPUs) or looks for the fastest; so there are few of them.
+        """
         order = sorted(rows, key=lambda row: (-self._lengths[row], row))
         start = 0
         while start < len(order):
             longest = self._lengths[order[start]]
-            rows = order[start : start + max(1, self.tokens_per_batch // longest)]
+            rows = order[start : start + _power_of_two(self.tokens_per_batch / longest)]
             start += len(rows)
             batch = self.task.collate([self._features[row] for row in rows])
             tensors = {name: values.to(self.device) for name, values in batch.items()}
@@ -483,6 +489,11 @@ class ModelEvaluator:
             if self._lengths[rows[-1]] == longest:
                 del inputs["attention_mask"]  # nothing is padded, and attention without a mask is faster
             yield _Batch(rows, tensors, inputs)
+
+
+def _power_of_two(number: float) -> int:
+    """The nearest one, by ratio; at least 1."""
+    return 2 ** max(0, round(math.log2(number)))
 
 
 @dataclass(frozen=True)
