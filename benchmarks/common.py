@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.evaluator import Evaluation, StandInEvaluator
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.worker import Search
 
 LAYERS, LENGTH = 12, 128

@@ -25,7 +25,7 @@ from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.foreign import make_plan
 from lat_optuna.search.front import auc, hypervolume
-from lat_optuna.search.sampler import Candidate, Fronts, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, SearchPlan
 from lat_optuna.spec import load_spec
 
 SAMPLERS = ("default", "paper", "nsga2", "nsga3", "tpe", "gp", "random")

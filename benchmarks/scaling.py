@@ -27,7 +27,7 @@ import optuna
 from common import Sleeping, database, make_evaluator, sleeping_search
 
 from lat_optuna.search.evaluator import Evaluation
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.study import load_study, open_study
 from lat_optuna.search.worker import Search, run_worker
 

@@ -25,8 +25,8 @@ from lat_optuna.files import write_json
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model import load
 from lat_optuna.search.evaluator import ModelEvaluator
+from lat_optuna.search.plan import Candidate, Fronts, SearchPlan
 from lat_optuna.search.racing import Racing
-from lat_optuna.search.sampler import Candidate, Fronts, SearchPlan
 from lat_optuna.spec import load_spec
 
 RATIOS = (0.35, 0.45, 0.55, 0.65, 0.8)

@@ -1,4 +1,4 @@
-"""Put the OptunaHub package together: what is written here, and three modules of lat_optuna, which need only optuna.
+"""Put the OptunaHub package together: what is written here, and four modules of lat_optuna, which need only optuna.
 
 python hub/build.py FOLDER
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ("length_config.py", "search/sampler.py", "search/surrogate.py")
+MODULES = ("length_config.py", "search/plan.py", "search/surrogate.py", "search/sampler.py")
 
 
 def build(folder: Path) -> Path:
@@ -20,7 +20,7 @@ def build(folder: Path) -> Path:
     shutil.copy(ROOT / "LICENSE", package / "LICENSE")
     for module in MODULES:
         text = (ROOT / "lat_optuna" / module).read_text(encoding="utf-8")
-        for name in ("length_config", "search.sampler", "search.surrogate"):
+        for name in ("length_config", "search.plan", "search.surrogate", "search.sampler"):
             text = text.replace(f"from lat_optuna.{name} import", f"from .{name.rpartition('.')[2]} import")
         (package / Path(module).name).write_text(text, encoding="utf-8")
     return package

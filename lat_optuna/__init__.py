@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from lat_optuna.model import adapt, load, save
     from lat_optuna.search.evaluator import ModelEvaluator
     from lat_optuna.search.front import Front
-    from lat_optuna.search.sampler import LengthConfigSampler, SearchPlan
+    from lat_optuna.search.plan import SearchPlan
+    from lat_optuna.search.sampler import LengthConfigSampler
     from lat_optuna.search.study import open_study
     from lat_optuna.search.worker import run_worker
     from lat_optuna.trainer import LengthAdaptation, LengthAdaptiveTrainer
@@ -50,7 +51,7 @@ _HOMES = {
     "LengthAdaptiveTrainer": "trainer",
     "LengthConfigSampler": "search.sampler",
     "ModelEvaluator": "search.evaluator",
-    "SearchPlan": "search.sampler",
+    "SearchPlan": "search.plan",
     "adapt": "model",
     "load": "model",
     "open_study": "search.study",

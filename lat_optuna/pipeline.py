@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lat_optuna.report import KeptWords
     from lat_optuna.search.evaluator import Evaluator, ModelEvaluator
     from lat_optuna.search.front import Baselines, Front
-    from lat_optuna.search.sampler import SearchPlan
+    from lat_optuna.search.plan import SearchPlan
     from lat_optuna.search.worker import Ended, OnProgress, Search
     from lat_optuna.search.worker import Progress as SearchProgress
     from lat_optuna.tasks import Split, Task

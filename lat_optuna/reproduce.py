@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     from lat_optuna.search.evaluator import ModelEvaluator
     from lat_optuna.search.front import Baselines, Front, Point
-    from lat_optuna.search.sampler import SearchPlan
+    from lat_optuna.search.plan import SearchPlan
     from lat_optuna.search.worker import Progress
     from lat_optuna.spec import StudySpec
     from lat_optuna.tasks import Split

@@ -358,10 +358,10 @@ class LengthAdaptiveTrainer(ExactTrainer):
     ) -> torch.Tensor:
         """How far a sub-model's prediction is from the full model's; override it for outputs of another kind.
 
-        KL(teacher || student), or its reverse (``adaptation.divergence``). Classification: mean over examples. Regression: squared error. Several
-        labels an example: KL of each label's Bernoulli, mean over labels. Token-level logits: mean over the tokens
-        that carry a label, or over the real ones where none is given. Question answering: over the real positions,
-        mean of start and end.
+        KL(teacher || student), or its reverse (``adaptation.divergence``). Classification: mean over examples.
+        Regression: squared error. Several labels an example: KL of each label's Bernoulli, mean over labels.
+        Token-level logits: mean over the tokens that carry a label, or over the real ones where none is given.
+        Question answering: over the real positions, mean of start and end.
 
         Args:
             student_outputs: The sub-model's outputs by name, ``logits`` or ``start_logits`` and ``end_logits``.

@@ -21,6 +21,7 @@ def test_the_package_searches_without_lat_optuna(tmp_path, preset):
         "README.md",
         "example.py",
         "length_config.py",
+        "plan.py",
         "sampler.py",
         "surrogate.py",
     }

@@ -18,7 +18,7 @@ from stand_in_studies import EVALUATOR, LAYERS, MAX_LENGTH, P, baselines_of, sta
 
 from lat_optuna import cli, pipeline, summary
 from lat_optuna.search.front import Front, write_baselines
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.storage import open_storage
 from lat_optuna.search.worker import Progress, Search
 from lat_optuna.spec import StudySpec, load_spec

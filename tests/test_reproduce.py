@@ -15,7 +15,7 @@ from lat_optuna.cli import main
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.pipeline import pretrained
 from lat_optuna.reproduce import ABLATIONS, constant_ratio_within, table
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.spec import SpecError, load_spec
 
 

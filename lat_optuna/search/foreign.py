@@ -16,7 +16,7 @@ from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
 
 from lat_optuna.length_config import LengthConfig, parameter_names
-from lat_optuna.search.sampler import Candidate, Fronts, Proposal, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, Proposal, SearchPlan
 from lat_optuna.search.surrogate import ScreenedPlan
 
 MAKE: dict[str, Callable[[int], BaseSampler]] = {

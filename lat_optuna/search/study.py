@@ -29,8 +29,8 @@ from optuna.trial import FrozenTrial, TrialState
 from lat_optuna.length_config import LengthConfig, parameter_names
 from lat_optuna.search.evaluator import Abandoned, Evaluation, Evaluator
 from lat_optuna.search.foreign import make_plan
+from lat_optuna.search.plan import Candidate, Either, Fronts, Proposal, SearchPlan
 from lat_optuna.search.racing import Rival, pack, unpack
-from lat_optuna.search.sampler import Candidate, Either, Fronts, Proposal, SearchPlan
 from lat_optuna.search.storage import PATIENCE, open_storage, reading, redact, retrying, turn
 
 LOST_CLAIM = "lost claim"

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lat_optuna.length_config import LengthConfig
-from lat_optuna.search.sampler import Candidate, Fronts, ParetoFront, Proposal, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, ParetoFront, Proposal, SearchPlan
 
 POOL = 200
 """Candidates a slot. More help a little in the first 30 trials, and not later."""
@@ -29,6 +29,8 @@ SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
 """Distances, in units of ``max_length``, over which the metric may change; the likelihood chooses."""
 NUGGETS = (1e-4, 1e-2, 1e-1)
 """Shares of the variation that neighbours do not have in common; the likelihood chooses."""
+LIKELIHOOD_OBSERVATIONS = 128
+"""Trials that scale and nugget are chosen by, spread evenly over those that the process is fitted to."""
 RIDGE = 1e-3
 DIGITS = 9
 """Expected gains are compared to so many decimals, so that rounding in another machine's BLAS decides nothing."""
@@ -183,35 +185,47 @@ class Surrogate:
     """
 
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
-        self._x = x
         self._mean, self._unit = y.mean(0), y.std(0) + 1e-9
         y = (y - self._mean) / self._unit
-        distance, trend = _distance(x, x), _trend(x)
-        likelihood = -math.inf
-        for scale, nugget in itertools.product(SCALES, NUGGETS):
-            factor = np.linalg.cholesky(np.exp(-distance / scale) + (nugget + 1e-8) * np.eye(len(x)))
-            white = np.linalg.solve(factor, np.concatenate([trend, y], 1))
-            a, b = white[:, : trend.shape[1]], white[:, trend.shape[1] :]
-            normal = a.T @ a + RIDGE * np.eye(trend.shape[1])
-            weights = np.linalg.solve(normal, a.T @ b)
-            rest = b - a @ weights
-            variance = (rest[:, 0] @ rest[:, 0] + RIDGE * weights[:, 0] @ weights[:, 0]) / len(x) + 1e-9
-            fit = -0.5 * len(x) * math.log(variance) - np.log(np.diag(factor)).sum()
-            if round(fit, 6) > likelihood:
-                likelihood = round(fit, 6)
-                self._scale, self._variance, self._weights = scale, variance, weights
-                inverse = np.linalg.inv(factor)
-                self._whitened, self._normal, self._inverse = a, np.linalg.inv(normal), inverse
-                self._alpha = inverse.T @ rest
+        some = slice(None, None, -(-len(x) // LIKELIHOOD_OBSERVATIONS))
+        fits = (_Fit(x[some], y[some], scale, nugget) for scale, nugget in itertools.product(SCALES, NUGGETS))
+        best = max(fits, key=lambda fit: round(fit.likelihood, 6))
+        self._fit = best if len(best.x) == len(x) else _Fit(x, y, best.scale, best.nugget)
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Expected values, shape ``(m, 1 + k)``, and the standard deviation of the metric, shape ``(m,)``."""
-        kernel, trend = np.exp(-_distance(x, self._x) / self._scale), _trend(x)
-        mean = (trend @ self._weights + kernel @ self._alpha) * self._unit + self._mean
+        mean, deviation = self._fit.predict(x)
+        return mean * self._unit + self._mean, deviation * self._unit[0]
+
+
+class _Fit:
+    """A :class:`Surrogate` of values with mean 0 and standard deviation 1, for one scale and nugget.
+
+    Attributes:
+        likelihood: Logarithm of the first value's likelihood, up to a constant.
+    """
+
+    def __init__(self, x: np.ndarray, y: np.ndarray, scale: float, nugget: float) -> None:
+        self.x, self.scale, self.nugget = x, scale, nugget
+        kernel, trend = np.exp(-_distance(x, x) / scale), _trend(x)
+        factor = np.linalg.cholesky(kernel + (nugget + 1e-8) * np.eye(len(x)))
+        self._inverse = np.linalg.inv(factor)
+        self._whitened, white = self._inverse @ trend, self._inverse @ y
+        self._normal = np.linalg.inv(self._whitened.T @ self._whitened + RIDGE * np.eye(trend.shape[1]))
+        self._weights = self._normal @ (self._whitened.T @ white)
+        rest = white - self._whitened @ self._weights
+        self._alpha = self._inverse.T @ rest
+        own = self._weights[:, 0]
+        self._variance = (rest[:, 0] @ rest[:, 0] + RIDGE * own @ own) / len(x) + 1e-9
+        self.likelihood = -0.5 * len(x) * math.log(self._variance) - np.log(np.diag(factor)).sum()
+
+    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        kernel, trend = np.exp(-_distance(x, self.x) / self.scale), _trend(x)
+        mean = trend @ self._weights + kernel @ self._alpha
         explained = kernel @ self._inverse.T
         beyond = trend - explained @ self._whitened
         variance = 1.0 - (explained**2).sum(1) + ((beyond @ self._normal) * beyond).sum(1)
-        return mean, np.sqrt(np.maximum(variance, 1e-9) * self._variance) * self._unit[0]
+        return mean, np.sqrt(np.maximum(variance, 1e-9) * self._variance)
 
 
 def expected_gain(

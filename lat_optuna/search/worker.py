@@ -22,7 +22,7 @@ from typing import Any
 import optuna
 
 from lat_optuna.search.evaluator import Evaluation, Evaluator
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.storage import PATIENCE, open_storage
 from lat_optuna.search.study import (
     BEAT_SECONDS,

@@ -8,7 +8,7 @@ import pytest
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.foreign import MAKE, ForeignPlan, make_plan
-from lat_optuna.search.sampler import Candidate, Fronts, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, SearchPlan
 from lat_optuna.search.study import Ledger, WorkerId, _describe, plan_of
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -13,7 +13,7 @@ from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.foreign import make_plan
 from lat_optuna.search.front import Front, Point
 from lat_optuna.search.objectives import WithObjectives
-from lat_optuna.search.sampler import Candidate, ParetoFront
+from lat_optuna.search.plan import Candidate, ParetoFront
 from lat_optuna.search.study import Ledger, open_study
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)

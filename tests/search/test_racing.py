@@ -10,8 +10,8 @@ from tiny_text import questions, sentences, tiny_checkpoint, write_parquet
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model import adapt
 from lat_optuna.search.evaluator import Abandoned, Evaluation, ModelEvaluator, StandInEvaluator
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.racing import Racing, Rival, pack, unpack
-from lat_optuna.search.sampler import SearchPlan
 from lat_optuna.search.study import Ledger, load_study
 from lat_optuna.search.worker import Search, launch, run_worker
 from lat_optuna.tasks.question_answering import QuestionAnswering

@@ -21,7 +21,8 @@ from optuna.testing.pytest_samplers import (
 from lat_optuna.length_config import LengthConfig, parameter_names
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.front import non_dominated
-from lat_optuna.search.sampler import Candidate, Fronts, LengthConfigSampler, ParetoFront, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, ParetoFront, SearchPlan
+from lat_optuna.search.sampler import LengthConfigSampler
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -98,7 +99,7 @@ def test_a_proposal_is_a_function_of_seed_slot_and_what_is_visible():
 def test_draws_are_the_same_in_every_process():
     code = (
         "from lat_optuna.length_config import LengthConfig\n"
-        "from lat_optuna.search.sampler import Candidate, SearchPlan\n"
+        "from lat_optuna.search.plan import Candidate, SearchPlan\n"
         "plan = SearchPlan(6, 128)\n"
         "front = [Candidate(0, 0, LengthConfig.full(6, 128), 90.0, 1.0)]\n"
         "print([str(plan.propose(slot, front, set()).config) for slot in (1, 22, 30, 60)])"

@@ -15,7 +15,7 @@ from lat_optuna.length_config import LengthConfig
 from lat_optuna.search import study as study_module
 from lat_optuna.search.evaluator import Abandoned, Evaluation, StandInEvaluator
 from lat_optuna.search.front import generations, points_of
-from lat_optuna.search.sampler import Candidate, Fronts, SearchPlan
+from lat_optuna.search.plan import Candidate, Fronts, SearchPlan
 from lat_optuna.search.study import (
     HANDED_BACK,
     LOST_CLAIM,

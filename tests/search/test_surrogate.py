@@ -14,7 +14,8 @@ from lat_optuna.search import surrogate
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.foreign import make_plan
 from lat_optuna.search.front import auc
-from lat_optuna.search.sampler import Candidate, Fronts, LengthConfigSampler, ParetoFront
+from lat_optuna.search.plan import Candidate, Fronts, ParetoFront
+from lat_optuna.search.sampler import LengthConfigSampler
 from lat_optuna.search.study import Ledger, WorkerId, _describe, plan_of
 from lat_optuna.search.surrogate import MOST_OBSERVATIONS, ScreenedPlan, Surrogate, expected_gain
 

@@ -25,7 +25,7 @@ from databases import postgres_server
 from lat_optuna.search import storage as storage_module
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.front import non_dominated
-from lat_optuna.search.sampler import SearchPlan
+from lat_optuna.search.plan import SearchPlan
 from lat_optuna.search.storage import open_storage
 from lat_optuna.search.study import HANDED_BACK, LOST_CLAIM, Ledger, SearchError, load_study, open_study
 from lat_optuna.search.worker import Ended, Search, launch, run_worker
