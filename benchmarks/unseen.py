@@ -1,34 +1,98 @@
-"""Do fronts hold on rows that neither training nor search saw? Reads what ``benchmarks/searches.py`` kept.
+"""Do fronts hold on rows that neither training nor search saw? Looks at finished studies of any number of seeds.
 
-At each FLOPs ratio: the metric on the test split of the point picked from our front, from the paper's way, and of the
-constant ratio; means over the seeds of the search, with 95 % intervals of the paired differences by bootstrap over test
-examples and seeds.
+At each FLOPs ratio: the metric on the test split of the point that each way of choosing picks among all that the search
+evaluated, and of the constant ratio within the same cost; paired differences with 95 % intervals by bootstrap over the
+test examples of every seed. A way's price of selection is what its pick gains over the constant ratio where it was
+chosen, less what it gains on the test split.
 
-    python benchmarks/unseen.py runs/landscapes/sst2 runs/landscapes/stdlib --output benchmarks/results/unseen.json
+    python benchmarks/unseen.py studies/sst2-minilm.yaml --set output=runs/sst2-minilm --seeds 42,0,1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from searches import Landscape
+import torch
 
 from lat_optuna.files import write_json
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.model import load
+from lat_optuna.pipeline import make_plan, make_task
+from lat_optuna.reproduce import constant_ratio_within, with_seed
+from lat_optuna.search.evaluator import ModelEvaluator
+from lat_optuna.search.front import Front, Point
+from lat_optuna.search.racing import Racing
+from lat_optuna.search.study import load_study
+from lat_optuna.search.surrogate import Surrogate
+from lat_optuna.spec import StudySpec, load_spec
 
+RATIOS = (0.35, 0.45, 0.55, 0.65, 0.8)
 RESAMPLES = 4000
+RIDGE = 1e-2
 
 
-def interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, float]:
-    """95 % interval of the mean of ``differences [seeds, examples]``, both resampled."""
-    seeds, examples = differences.shape
-    means = []
-    for _ in range(RESAMPLES):
-        rows = differences[rng.integers(0, seeds, seeds)].mean(0)
-        means.append(rows[rng.integers(0, examples, examples)].mean())
+def smoothed_by_trend(points: Sequence[Point], max_length: int) -> np.ndarray:
+    """Scores as ridge regression on lengths and their squares expects them."""
+    x = np.array([point.lengths for point in points]) / max_length
+    y = np.array([point.score for point in points])
+    columns = np.concatenate([x, x * x], 1)
+    columns = columns - columns.mean(0)
+    weights = np.linalg.solve(columns.T @ columns + RIDGE * np.eye(columns.shape[1]), columns.T @ (y - y.mean()))
+    return np.asarray(y.mean() + columns @ weights)
+
+
+def smoothed_by_process(points: Sequence[Point], max_length: int) -> np.ndarray:
+    """Scores as the search's surrogate expects them."""
+    x = np.array([point.lengths for point in points]) / max_length
+    y = np.array([[point.score] for point in points])
+    return Surrogate(x, y).predict(x)[0][:, 0]
+
+
+WAYS = {
+    "by score": lambda points, _: np.array([point.score for point in points]),
+    "by metric": lambda points, _: np.array([point.metric for point in points]),
+    "smoothed by trend": smoothed_by_trend,
+    "smoothed by process": smoothed_by_process,
+}
+
+
+class Seed:
+    """One finished study."""
+
+    def __init__(self, spec: StudySpec) -> None:
+        self.front = Front.of(load_study(spec.storage, spec.name))
+        model, task = load(spec.adaptive_folder), make_task(spec)
+        kind = {"precision": spec.search.precision, "retention": spec.search.retention, "racing": Racing(looks=())}
+        self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in ("search", "test")}
+        self.plan = make_plan(spec, self.evaluators["search"])
+
+    def scores(self, config: LengthConfig, split: str) -> np.ndarray:
+        """The metric of every example."""
+        return self.evaluators[split].evaluate(config).by_example["metric"].astype(np.float64)
+
+    def picks(self, ratio: float) -> dict[str, LengthConfig]:
+        """What each way picks within a ratio, and the constant ratio."""
+        points = [point for point in self.front.evaluated if point.cost <= ratio]
+        if not points:
+            return {}
+        picked = {"constant": constant_ratio_within(self.plan, ratio)}
+        for way, value in WAYS.items():
+            values = dict(zip(self.front.evaluated, value(self.front.evaluated, self.front.max_length), strict=True))
+            best = max(points, key=lambda point: (values[point], -point.cost))
+            picked[way] = LengthConfig(best.lengths, self.front.max_length, self.plan.retention)
+        return picked
+
+
+def interval(differences: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[float, float]:
+    """95 % interval of the mean over seeds of the mean over examples; each seed's examples are resampled."""
+    means = [
+        np.mean([own[rng.integers(0, len(own), len(own))].mean() for own in differences]) for _ in range(RESAMPLES)
+    ]
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)
 
@@ -36,53 +100,49 @@ def interval(differences: np.ndarray, rng: np.random.Generator) -> tuple[float, 
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("bases", nargs="+", help="FOLDER/NAME, as benchmarks/searches.py wrote them")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("study")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--seeds", help="by default the study file's")
+    parser.add_argument("--output", type=Path, help="JSON; the studies in it stay, this one is replaced")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    spec = load_spec(arguments.study, arguments.set)
+    numbers = [int(seed) for seed in arguments.seeds.split(",")] if arguments.seeds else [spec.training.seed]
+    found: dict[float, dict[str, dict[str, list[np.ndarray]]]] = {ratio: {} for ratio in RATIOS}
+    trials = []
+    for number in numbers:
+        seed = Seed(with_seed(spec, number))
+        trials.append(len(seed.front.evaluated))
+        for ratio in RATIOS:
+            for way, config in seed.picks(ratio).items():
+                for split in seed.evaluators:
+                    scores = seed.scores(config, split)
+                    found[ratio].setdefault(way, {}).setdefault(split, []).append(scores)
     rng = np.random.default_rng(0)
-    results: list[dict[str, Any]] = []
-    print(
-        "| landscape | ratio | ours | paper | constant | ours - constant | ours - paper | price, ours | paper "
-        "|\n| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    )
-    for base in arguments.bases:
-        runs = {way: json.loads(Path(f"{base}.{way}.json").read_text()) for way in ("ours", "paper")}
-        seeds = sorted(set(runs["ours"]) & set(runs["paper"]))
-        tests = {way: Landscape(Path(f"{base}.{way}.test.npz")) for way in runs}
-        selected = {way: Landscape(Path(f"{base}.{way}.{next(iter(runs[way].values()))['split']}.npz")) for way in runs}
-        for ratio in runs["ours"][seeds[0]]["picked"]:
-            test: dict[str, np.ndarray] = {}
-            price: dict[str, float] = {}
-            for way, stored in runs.items():
-                picks = [tuple(stored[seed]["picked"][ratio]) for seed in seeds]
-                flat = tuple(stored[seeds[0]]["constant"][ratio])
-                test[way] = np.stack([tests[way].scores[pick]["metric"] for pick in picks]).astype(np.float64)
-                test["constant"] = np.stack([tests[way].scores[flat]["metric"]] * len(seeds)).astype(np.float64)
-                # What the pick gains over the constant ratio where it was selected, less what it gains elsewhere.
-                there = np.mean([selected[way].scores[pick]["metric"].mean(dtype=np.float64) for pick in picks])
-                gain = there - selected[way].scores[flat]["metric"].mean(dtype=np.float64)
-                price[way] = float(gain - (test[way].mean() - test["constant"].mean()))
-            row: dict[str, Any] = {
-                "landscape": Path(base).name,
-                "ratio": float(ratio),
-                "seeds": len(seeds),
-                "trials": len(runs["ours"][seeds[0]]["trials"]),
-                "test_examples": test["ours"].shape[1],
-                **{name: float(values.mean()) for name, values in test.items()},
-                "price": price,
+    rows: list[dict[str, Any]] = []
+    print(f"{spec.name}: seeds {numbers}, evaluated in full {trials}\n")
+    print("| ratio | way | test | - constant | price of selection |\n| ---: | --- | ---: | ---: | ---: |")
+    for ratio, ways in found.items():
+        for way, splits in ways.items():
+            test, constant = splits["test"], ways["constant"]["test"]
+            gains = [a - b for a, b in zip(test, constant, strict=True)]
+            chosen = [a.mean() - b.mean() for a, b in zip(splits["search"], ways["constant"]["search"], strict=True)]
+            gain = float(np.mean([own.mean() for own in gains]))
+            row = {
+                "ratio": ratio,
+                "way": way,
+                "test": float(np.mean([own.mean() for own in test])),
+                "gain": [gain, *(interval(gains, rng) if way != "constant" else (0.0, 0.0))],
+                "price": float(np.mean(chosen)) - gain,
             }
-            for other in ("constant", "paper"):
-                difference = test["ours"] - test[other]
-                row[f"ours - {other}"] = [float(difference.mean()), *interval(difference, rng)]
-            results.append(row)
-            cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[f"ours - {other}"]) for other in ("constant", "paper")]
-            print(
-                f"| {row['landscape']} | {ratio} | {row['ours']:.2f} | {row['paper']:.2f} | {row['constant']:.2f} | "
-                f"{cells[0]} | {cells[1]} | {price['ours']:+.2f} | {price['paper']:+.2f} |",
-                flush=True,
-            )
+            rows.append(row)
+            shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["gain"])
+            print(f"| {ratio} | {way} | {row['test']:.2f} | {shown} | {row['price']:+.2f} |", flush=True)
     if arguments.output:
-        write_json(arguments.output, results)
+        known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+        sizes = {split: len(found[RATIOS[-1]]["constant"][split][0]) for split in ("search", "test")}
+        document = {"seeds": numbers, "trials": trials, "examples": sizes, "rows": rows}
+        write_json(arguments.output, {**known, spec.name: document})
 
 
 if __name__ == "__main__":

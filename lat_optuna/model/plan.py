@@ -147,7 +147,8 @@ def make_plan(
     summary = torch.cat([chain.amax(-1), chain.amin(-1), falls, leading.reshape(1)]).tolist()
     size = len(runs) + 1
     most, least, falling, padded_left = summary[:size], summary[size : 2 * size], summary[2 * size : -1], summary[-1]
-    if least[0] == tokens:
+    step = _granularity(tokens, attention_mask.device)
+    if least[0] == tokens and (step == 1 or config is None):
         kept = dict(zip(runs, most[1:], strict=True))
         return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens, first_rows)
 
@@ -161,14 +162,27 @@ def make_plan(
         # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
         drops = bool(falling[at]) or (config is not None and bool(padded_left) and at == 0)
         if drops:
-            width, ragged = most[at + 1], least[at + 1] < most[at + 1]
+            width = min(width, -(-most[at + 1] // step) * step)
+            ragged = least[at + 1] < width
         steps.append(Step(True, drops, width, ragged, source))
         if drops:
             source = layer
     # Copies, not views: a compiled graph would take a batch as large as the number of layers for a rule.
     copies = torch.unbind_copy(counts)  # type: ignore[func-returns-value]  # torch's stub is wrong
     left = bool(padded_left) and config is not None  # dense, row 0 is read, whatever it is
-    return Plan(_last(steps, runs, first_rows), tokens, real, tuple(copies), left)  # type: ignore[arg-type]
+    padded = real if least[0] < tokens else None
+    return Plan(_last(steps, runs, first_rows), tokens, padded, tuple(copies), left)  # type: ignore[arg-type]
+
+
+def _granularity(tokens: int, device: torch.device) -> int:
+    """Widths of batches are multiples of this, the rest being filler: at most one part in 32 of the input.
+
+    In low precision on a CPU, oneDNN generates code for matrices of every shape that it meets for the first time: in
+    training on 384 tokens, where every layer of every pass has widths of its own, for longer than it multiplies them.
+    """
+    if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        return 1
+    return 2 ** max(0, (tokens // 32).bit_length() - 1)
 
 
 def _symbolic_plan(

@@ -100,6 +100,18 @@ def test_neighbours_and_padding_do_not_change_an_example(name):
         assert_close(other, alone)
 
 
+@pytest.mark.parametrize("ns", [NS, (20, 20, 20)])
+@pytest.mark.parametrize("name", TEXT_CASES)
+def test_filler_up_to_a_round_width_changes_nothing(name, ns, monkeypatch):
+    model = adapt(CASES[name].build())
+    batch = inputs_for(model, ns)
+    with model.at(config_for(model)):
+        exact = results(model, model(**batch), ns)
+        monkeypatch.setattr("lat_optuna.model.plan._granularity", lambda tokens, device: 8)
+        filled = results(model, model(**batch), ns)
+    assert_close(filled, exact)
+
+
 @pytest.mark.parametrize("fractions", [(0.8, 0.5, 0.25), (1.0, 1.0, 1.0), (1.0, 1.0, 0.3)])
 @pytest.mark.parametrize("name", TEXT_CASES)
 def test_padding_on_the_left_changes_nothing(name, fractions):

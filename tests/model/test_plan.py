@@ -24,6 +24,20 @@ def padded(ns, tokens, left=False):
     return mask.flip(-1).long() if left else mask.long()
 
 
+def test_widths_are_round_in_low_precision_on_a_cpu():
+    config = LengthConfig((190, 101, 50), 384)
+    exact = make_plan(config, (), 3, 384, padded([384, 200], 384))
+    with torch.autocast("cpu", torch.bfloat16):
+        filled = make_plan(config, (), 3, 384, padded([384, 200], 384))
+        whole = make_plan(config, (), 3, 384, padded([384, 384], 384))
+        short = make_plan(LengthConfig((19, 10, 5), 40), (), 3, 40, padded([40, 20], 40))
+    assert [step.width for step in exact.steps] == [190, 101, 50]
+    assert [step.width for step in filled.steps] == [step.width for step in whole.steps] == [192, 104, 56]
+    assert [step.width for step in short.steps] == [19, 10, 5]
+    assert all(a.equal(b) for a, b in zip(filled.counts, exact.counts, strict=True))
+    assert whole.real is None and all(step.ragged for step in whole.steps)
+
+
 @given(configs(), st.lists(st.integers(1, 700), min_size=1, max_size=6), st.integers(0, 5), st.booleans())
 @settings(deadline=None)
 def test_every_example_keeps_what_its_own_length_allows(config, ns, more, left):

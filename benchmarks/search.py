@@ -1,11 +1,13 @@
 """Area under the front and hypervolume at equal numbers of evaluations: our sampler, the paper's, and Optuna's.
 
-    python benchmarks/samplers.py run studies/sst2-minilm.yaml --set output=runs/sst2-minilm --seeds 5 --counts 100 300
-    python benchmarks/samplers.py table
+    python benchmarks/search.py run studies/sst2-minilm.yaml --set output=runs/sst2-minilm --seeds 5 --counts 100 300
+    python benchmarks/search.py table
 
 ``run`` works on a landscape of a trained model (see ``landscapes.py``), or with ``--emulated`` on what is fitted to the
 configurations that have been measured. Every run's trials lie in a file, so that it goes on from where it was stopped;
-``table`` prints mean and 95 % interval over the seeds and draws the picture. ``ask`` times proposals.
+``table`` prints mean and 95 % interval over the seeds and draws the picture. ``reach`` says after how many evaluations
+ours has the area that the paper's search ends with, and, with what ``evaluator.py`` found an evaluation to cost, how many
+times sooner that is. ``ask`` times proposals.
 """
 
 from __future__ import annotations
@@ -169,6 +171,48 @@ def table(arguments: argparse.Namespace) -> None:
         figure.write_image(arguments.picture)
 
 
+def first_with(trials: Sequence[Sequence[Any]], low: float, target: float) -> int | None:
+    """After how many trials the area under the front is at least ``target``."""
+    if auc([(trial[1], trial[2]) for trial in trials], low) < target:
+        return None
+    count = 0
+    for step in (100, 10, 1):  # the area never falls
+        while auc([(trial[1], trial[2]) for trial in trials[: count + step]], low) < target:
+            count += step
+    return count + 1
+
+
+def reach(arguments: argparse.Namespace) -> None:
+    """Markdown: evaluations to the area that the paper's search has at its end, and the time they take."""
+    print(
+        "| landscape | by | the paper's evaluations | its AUC | ours has it after (by seed) | proposals | evaluator | "
+        "in all |\n|---|---|---|---|---|---|---|---|"
+    )
+    for file in sorted(arguments.results.glob("*.json")):
+        state = json.loads(file.read_text())
+        name = state["landscape"].split(",")[0]
+        paper = [trials for trials in state["runs"].get("paper", {}).values() if len(trials) >= max(arguments.counts)]
+        ours = list(state["runs"].get("default", {}).values())
+        if not paper or not ours:
+            continue
+        count = min(map(len, paper))
+        target = statistics.mean(auc([(t[1], t[2]) for t in trials[:count]], state["low"]) for trials in paper)
+        after = [first_with(trials, state["low"], target) for trials in ours]
+        shown = ", ".join(f"not in {len(t)}" if n is None else str(n) for n, t in zip(after, ours, strict=True))
+        evaluator = next(
+            (found for found in arguments.evaluator if json.loads(found.read_text())["study"] == name), None
+        )
+        per_evaluation = (
+            max(side["ratio"] for side in json.loads(evaluator.read_text())["sides"]) if evaluator else None
+        )
+        middle = statistics.median([len(t) if n is None else n for n, t in zip(after, ours, strict=True)])
+        sooner = count / middle
+        sign = "at most " if None in after else ""
+        cells = [sign + f"{sooner:.1f}x", f"{per_evaluation:.1f}x" if per_evaluation else "–"]
+        cells.append(sign + f"{sooner * per_evaluation:.0f}x" if per_evaluation else "–")
+        print(f"| {name} | {state['metric']} | {count} | {target:.3f} | {shown} | {' | '.join(cells)} |")
+
+
 def ask(arguments: argparse.Namespace) -> None:
     """Milliseconds of a proposal after so many finished trials of the stand-in, 12 layers."""
     evaluator = StandInEvaluator(12, 128)
@@ -217,7 +261,10 @@ def main() -> None:
     tables = commands.add_parser("table")
     tables.add_argument("--picture", type=Path)
     tables.set_defaults(function=table)
-    for command in (runs, tables):
+    reaches = commands.add_parser("reach")
+    reaches.add_argument("--evaluator", type=Path, nargs="*", default=(), help="results of evaluator.py")
+    reaches.set_defaults(function=reach)
+    for command in (runs, tables, reaches):
         command.add_argument("--results", type=Path, default=Path("runs/samplers"))
         command.add_argument("--counts", type=int, nargs="+", default=COUNTS)
     asks = commands.add_parser("ask")
