@@ -35,7 +35,8 @@ def test_widths_are_round_in_low_precision_on_a_cpu():
     assert [step.width for step in filled.steps] == [step.width for step in whole.steps] == [192, 104, 56]
     assert [step.width for step in short.steps] == [19, 10, 5]
     assert all(a.equal(b) for a, b in zip(filled.counts, exact.counts, strict=True))
-    assert whole.real is None and all(step.ragged for step in whole.steps)
+    assert whole.real is None
+    assert all(step.ragged for step in whole.steps)
 
 
 @given(configs(), st.lists(st.integers(1, 700), min_size=1, max_size=6), st.integers(0, 5), st.booleans())
