@@ -1,17 +1,19 @@
 """Attention that also yields significance: the attention that a word vector receives (paper: section 2.2).
 
-A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these rows.
-:func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for gradients, compilers and
-GPUs) and one that takes it in blocks whose probabilities stay in a CPU's cache. Both are tested against
-:func:`reference_rows`, the definition.
+A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these
+rows. :func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for compilers and GPUs)
+and one that takes it in blocks whose probabilities stay in a CPU's cache and are not kept for the backward pass. Both
+are tested against :func:`reference_rows`, the definition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from lat_optuna.model.rows import rows_at, take_rows
 
@@ -52,7 +54,7 @@ def attend_and_choose(
     rows: torch.Tensor | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every row votes, and the rows that stay attend. Probabilities are computed once.
+    """Every row votes, and the rows that stay attend. Probabilities are computed once, or once more for a gradient.
 
     Args:
         query: (batch, heads, rows, head size).
@@ -66,8 +68,11 @@ def attend_and_choose(
     Returns:
         The rows as in :func:`choose_rows`, and their context (batch, kept, heads * head size).
     """
-    if rows is None and dropout == 0 and _in_blocks(query):
-        return _by_blocks(query, key, value, allowed, keep)
+    if dropout == 0 and _in_blocks(query, key):
+        if torch.is_grad_enabled():
+            chosen, context = _Blocks.apply(query, key, value, allowed, keep, rows)
+            return chosen, context
+        return _by_blocks(query, key, value, allowed, keep, rows)
     probabilities = attention_probabilities(query, key, allowed)
     if rows is None:
         # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
@@ -76,15 +81,81 @@ def attend_and_choose(
     return rows, context_of_rows(probabilities, value, rows.clamp(max=query.size(2) - 1), dropout)
 
 
-def _in_blocks(query: torch.Tensor) -> bool:
-    """Whether the form in blocks pays and works: it writes in place, and its number of steps depends on the batch."""
-    if query.device.type != "cpu" or torch.is_grad_enabled():
+def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Whether the form in blocks works and pays.
+
+    It writes in place, in a number of steps that depends on the batch. With gradients it pays from where an example
+    fills a block.
+    """
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
-    return not (torch.compiler.is_compiling() or torch._C._get_tracing_state())
+    return not torch.is_grad_enabled() or query.size(1) * query.size(2) * key.size(2) >= BLOCK
+
+
+class _Blocks(torch.autograd.Function):
+    """:func:`_by_blocks` with gradients. No probabilities are kept; those of kept rows are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        allowed: torch.Tensor | None,
+        keep: Keep,
+        rows: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        rows, context = _by_blocks(query, key, value, allowed, keep, rows)
+        ctx.save_for_backward(query, key, value, rows)
+        ctx.allowed, ctx.keep = allowed, keep
+        ctx.mark_non_differentiable(rows)
+        return rows, context
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: None, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, rows = ctx.saved_tensors
+        batch, heads, queries, size = query.shape
+        keys, width = key.size(2), rows.size(1)
+        scale = size**-0.5
+        refused = None if ctx.allowed is None else ~ctx.allowed.expand(batch, -1, -1, -1)
+        if ctx.keep.counts is not None:  # filler goes to a row of its own, which is cut off in the end
+            rows = rows.masked_fill(torch.arange(width) >= ctx.keep.counts[:, None], queries)
+        readable = rows.clamp(max=queries - 1)
+        gradient = gradient.view(batch, width, heads, size).transpose(1, 2)
+        of_query = torch.zeros((batch, heads, queries + 1, size), dtype=query.dtype)
+        of_key, of_value = torch.empty_like(key), torch.empty_like(value)
+        together = max(1, BLOCK // (width * keys))  # heads of a block
+        examples, several = max(1, together // heads), min(heads, together)
+        for start in range(0, batch, examples):
+            for first in range(0, heads, several):
+                part = slice(start, start + examples), slice(first, first + several)
+                index = readable[part[0], None, :, None].expand(-1, query[part].size(1), -1, size)
+                kept, k, v, out = query[part].gather(2, index), key[part], value[part], gradient[part]
+                scores = (kept.float() * scale) @ k.float().transpose(-1, -2)
+                if refused is not None:
+                    away = refused[part[0]] if refused.size(1) == 1 else refused[part]
+                    if away.size(2) > 1:
+                        away = away.gather(2, readable[part[0], None, :, None].expand(-1, away.size(1), -1, keys))
+                    scores.masked_fill_(away, torch.finfo(torch.float32).min)
+                probabilities = torch.softmax(scores, -1, out=scores)
+                of_value[part] = probabilities.to(v.dtype).transpose(-1, -2) @ out
+                of_scores = (out @ v.transpose(-1, -2)).float()
+                of_scores = torch._softmax_backward_data(of_scores, probabilities, -1, torch.float32)
+                low = of_scores.mul_(scale).to(k.dtype)
+                of_key[part] = low.transpose(-1, -2) @ kept
+                into = rows[part[0], None, :, None].expand(-1, kept.size(1), -1, size)
+                of_query[part].scatter_(2, into, low @ k)
+        return of_query[:, :, :-1], of_key, of_value, None, None, None
 
 
 def _by_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None, keep: Keep
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    keep: Keep,
+    known: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, heads, queries, size = query.shape
     keys = key.size(2)
@@ -105,7 +176,7 @@ def _by_blocks(
             by_head.masked_fill_(refused[part], torch.finfo(torch.float32).min)
         torch.softmax(probabilities, -1, out=probabilities)
         own = keep.of(part)
-        rows = choose_rows(significance(by_head, own.real), own)
+        rows = choose_rows(significance(by_head, own.real), own) if known is None else known[part]
         chosen.append(rows)
         per_head = rows.clamp(max=queries - 1)[:, None].expand(-1, heads, -1).reshape(examples * heads, -1)
         kept = take_rows(probabilities, per_head).to(value.dtype)

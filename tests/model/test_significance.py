@@ -140,11 +140,41 @@ def test_the_fast_forms_keep_what_the_reference_keeps(monkeypatch, dtype):
     assert flips <= (0 if dtype == torch.float32 else 5)
 
 
-def test_blocks_are_for_inference_on_a_cpu(monkeypatch):
-    query, key, value = heads(2, 7, 3)
-    monkeypatch.setattr("lat_optuna.model.significance._by_blocks", lambda *_: pytest.fail("in blocks"))
-    query.requires_grad_()
-    context = attend_and_choose(query, key, value, None, Keep(4))[1]
+@pytest.mark.parametrize("replayed", [False, True])
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("probabilities", [1, 2 * 20 * 8, 2 * 3 * 20 * 20])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_in_blocks_are_those_of_the_whole_batch(monkeypatch, probabilities, masked, window, replayed):
+    ns = torch.tensor([20, 13, 2, 17, 9]) if masked else torch.tensor([20] * 5)
+    real = torch.arange(20) < ns[:, None]
+    keep = Keep(8, (ns * 2 + 4) // 5, real) if masked else Keep(8)
+    allowed = real[:, None, None] if masked else None
+    if window:
+        near = (torch.arange(20)[:, None] - torch.arange(20)).abs() < 4
+        allowed = near.expand(5, 1, 20, 20) & real[:, None, None]
+    found = {}
+    for size in (2**30, probabilities):
+        blocks(monkeypatch, size)
+        inputs = [part.requires_grad_() for part in heads(5, 20, 4)]
+        rows = attend_and_choose(*inputs, allowed, keep)[0] if replayed else None
+        if rows is not None and keep.counts is not None:  # as a replayed layer gives them: filler points somewhere
+            rows = rows.clamp(max=19)
+        rows, context = attend_and_choose(*inputs, allowed, keep, rows)
+        if keep.counts is not None:  # nobody reads filler
+            context = context * (torch.arange(8) < keep.counts[:, None])[:, :, None]
+        (context * torch.randn(context.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+        found[size] = [rows.clamp(max=19), context.detach(), *(part.grad for part in inputs)]
+    for ours, expected in zip(found[probabilities], found[2**30], strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_training_keeps_no_probabilities(monkeypatch):
+    blocks(monkeypatch, 1)
+    query, key, value = (part.requires_grad_() for part in heads(2, 64, 3))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):
+        context = attend_and_choose(query, key, value, None, Keep(40))[1]
+    assert max(saved) == query.numel()
     context.sum().backward()
     assert query.grad is not None
 
