@@ -6,8 +6,8 @@
 ``run`` works on a landscape of a trained model (see ``landscapes.py``), or with ``--emulated`` on what is fitted to the
 configurations that have been measured. Every run's trials lie in a file, so that it goes on from where it was stopped;
 ``table`` prints mean and 95 % interval over the seeds and draws the picture. ``reach`` says after how many evaluations
-ours has the area that the paper's search ends with and, with what ``evaluator.py`` found an evaluation to cost, how much
-sooner that is. ``ask`` times proposals.
+ours has the area that the paper's search ends with and, with what ``evaluator.py`` found an evaluation to cost, how
+much sooner that is. ``ask`` times proposals.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from lat_optuna.search.plan import Candidate, Fronts, ParetoFront, Proposal, Sea
 
 POOL = 200
 """Candidates a slot. More help a little in the first 30 trials, and not later."""
-MUTATED = 0.3
+MUTATED = 0.8
 """Share of the pool that the paper's mutation draws."""
 MOST_OBSERVATIONS = 400
 """Trials that the process is fitted to: those nearest to the front. Keeps the time of a proposal flat."""
