@@ -325,6 +325,18 @@ def report(args: argparse.Namespace) -> str:
         which = "from 128 tokens, tasks" if long else "32 tokens"
         spread = [f"{statistics.median(values):.2f}", f"{min(values):.2f}"]
         lines.append(row([model, precision, batch, which, "all" if kind == "adapted" else "cls", *spread]))
+    lines += ["", "r² of FLOPs with latency, dense (SDPA) and adapted as it is: median over workloads, and least.", ""]
+    head = ["model", "precision", "batch", "workloads", "median", "least"]
+    lines += [row(head), row(["---"] * len(head))]
+    correlations: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for one in cells:
+        points = [(1.0, one["ms"]["dense sdpa"])]
+        points += [(one["promised"][name], one["ms"][name]) for name in (f"adapted {ratio}" for ratio in ratios)]
+        correlations[one["model"], one["precision"], one["batch"]].append(
+            np.corrcoef(*zip(*points, strict=True))[0, 1] ** 2
+        )
+    for place, values in sorted(correlations.items()):
+        lines.append(row([*place, len(values), f"{statistics.median(values):.3f}", f"{min(values):.3f}"]))
     predicted = [one for one in found if one.get("kind") == "predict"]
     if predicted:
         lines += ["", "The latency model on configurations that it has not seen, and r² of FLOPs with latency.", ""]
