@@ -153,7 +153,7 @@ class SearchSpec(_Section):
 
     Attributes:
         preset: Sets what the other keys are by default; ``paper`` is everything as in the paper.
-        sampler: Who draws configurations. ``default`` screens small moves with a surrogate, ``paper`` is the paper's
+        sampler: Who draws configurations. ``default`` screens moves with a surrogate, ``paper`` is the paper's
             evolutionary search, the others are Optuna's.
         n_trials: How many configurations are evaluated: 300 or, as the next four with another sampler than the default
             one, the paper's number: 22 + 30 x (30 + 30).

@@ -1,7 +1,7 @@
 """Proposals that a surrogate of the metric has screened: the search's default, beside the paper's (section 3.2).
 
 What a configuration costs is known by arithmetic; what it scores is not, but changes little from one configuration to
-its neighbours. So a slot draws a pool of small moves from the front, and evaluates the one of which a Gaussian process
+its neighbours. So a slot draws a pool of moves from the front, and evaluates the one of which a Gaussian process
 of the finished trials expects the most: the largest expected gain of the area under the front.
 """
 
@@ -42,7 +42,7 @@ class ScreenedPlan(SearchPlan):
 
     Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
     (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` moves from the front of earlier
-    generations: a step of one to three layers, or the paper's mutation. Configurations of the same generation that are
+    generations: the paper's mutation, or a step of one to three layers. Configurations of the same generation that are
     running or finished count as evaluated, with what the surrogate expects of them: so that slots do not crowd, and a
     proposal stays a function of (seed, slot, visible trials).
 
