@@ -35,11 +35,8 @@ class Measured:
         self.name, self.p = spec.name, spec.training.p
         ev: ModelEvaluator = MakeEvaluator(spec)("cpu")
         first = int(np.searchsorted(ev._examples, examples))  # features are in the order of their examples
-        ev._features, ev._examples, ev._lengths = (
-            ev._features.select(range(first)),
-            ev._examples[:first],
-            ev._lengths[:first],
-        )
+        ev._features = ev._features.select(range(first))
+        ev._examples, ev._lengths = ev._examples[:first], ev._lengths[:first]
         ev._counts = type(ev._counts)(ev._lengths)
         ev._dense_flops = ev._flops(None)
         ev.num_examples = len(np.unique(ev._examples))

@@ -70,6 +70,8 @@ class Seed:
         kind = {"precision": spec.search.precision, "retention": spec.search.retention, "racing": Racing(looks=())}
         self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in ("search", "test")}
         self.plan = make_plan(spec, self.evaluators["search"])
+        points, max_length = self.front.evaluated, self.front.max_length
+        self.values = {way: dict(zip(points, value(points, max_length), strict=True)) for way, value in WAYS.items()}
 
     def scores(self, config: LengthConfig, split: str) -> np.ndarray:
         """The metric of every example."""
@@ -81,9 +83,8 @@ class Seed:
         if not points:
             return {}
         picked = {"constant": constant_ratio_within(self.plan, ratio)}
-        for way, value in WAYS.items():
-            values = dict(zip(self.front.evaluated, value(self.front.evaluated, self.front.max_length), strict=True))
-            best = max(points, key=lambda point: (values[point], -point.cost))
+        for way, values in self.values.items():
+            best = max(points, key=lambda point, of=values: (of[point], -point.cost))
             picked[way] = LengthConfig(best.lengths, self.front.max_length, self.plan.retention)
         return picked
 

@@ -177,8 +177,8 @@ def make_plan(
 def _granularity(tokens: int, device: torch.device) -> int:
     """Widths of batches are multiples of this, the rest being filler: at most one part in 32 of the input.
 
-    In low precision on a CPU, oneDNN generates code for matrices of every shape that it meets for the first time: in
-    training on 384 tokens, where every layer of every pass has widths of its own, for longer than it multiplies them.
+    In low precision on a CPU, oneDNN generates code for matrices of every shape that it meets for the first time, and
+    in training every layer of every pass has widths of its own.
     """
     if device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return 1

@@ -130,13 +130,14 @@ class _Blocks(torch.autograd.Function):
         for start in range(0, batch, examples):
             for first in range(0, heads, several):
                 part = slice(start, start + examples), slice(first, first + several)
-                index = readable[part[0], None, :, None].expand(-1, query[part].size(1), -1, size)
-                kept, k, v, out = query[part].gather(2, index), key[part], value[part], gradient[part]
+                q, k, v, out = query[part], key[part], value[part], gradient[part]
+                index = readable[part[0], None, :, None]
+                kept = q.gather(2, index.expand(-1, q.size(1), -1, size))
                 scores = (kept.float() * scale) @ k.float().transpose(-1, -2)
                 if refused is not None:
                     away = refused[part[0]] if refused.size(1) == 1 else refused[part]
                     if away.size(2) > 1:
-                        away = away.gather(2, readable[part[0], None, :, None].expand(-1, away.size(1), -1, keys))
+                        away = away.gather(2, index.expand(-1, away.size(1), -1, keys))
                     scores.masked_fill_(away, torch.finfo(torch.float32).min)
                 probabilities = torch.softmax(scores, -1, out=scores)
                 of_value[part] = probabilities.to(v.dtype).transpose(-1, -2) @ out
@@ -144,8 +145,7 @@ class _Blocks(torch.autograd.Function):
                 of_scores = torch._softmax_backward_data(of_scores, probabilities, -1, torch.float32)
                 low = of_scores.mul_(scale).to(k.dtype)
                 of_key[part] = low.transpose(-1, -2) @ kept
-                into = rows[part[0], None, :, None].expand(-1, kept.size(1), -1, size)
-                of_query[part].scatter_(2, into, low @ k)
+                of_query[part].scatter_(2, rows[part[0], None, :, None].expand_as(kept), low @ k)
         return of_query[:, :, :-1], of_key, of_value, None, None, None
 
 
