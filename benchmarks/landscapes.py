@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lat_optuna.length_config import LengthConfig
-from lat_optuna.pipeline import MakeEvaluator
+from lat_optuna.pipeline import MakeEvaluator, default_device
 from lat_optuna.search.evaluator import Evaluation, ModelEvaluator
 from lat_optuna.search.racing import Racing
 from lat_optuna.spec import StudySpec
@@ -33,7 +33,7 @@ class Measured:
 
     def __init__(self, spec: StudySpec, examples: int, memo: Path) -> None:
         self.name, self.p = spec.name, spec.training.p
-        ev: ModelEvaluator = MakeEvaluator(spec)("cpu")
+        ev: ModelEvaluator = MakeEvaluator(spec)(default_device())
         first = int(np.searchsorted(ev._examples, examples))  # features are in the order of their examples
         ev._features = ev._features.select(range(first))
         ev._examples, ev._lengths = ev._examples[:first], ev._lengths[:first]

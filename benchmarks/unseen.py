@@ -22,7 +22,7 @@ import torch
 from lat_optuna.files import write_json
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model import load
-from lat_optuna.pipeline import make_plan, make_task
+from lat_optuna.pipeline import default_device, make_plan, make_task
 from lat_optuna.reproduce import constant_ratio_within, with_seed
 from lat_optuna.search.evaluator import ModelEvaluator
 from lat_optuna.search.front import Front, Point
@@ -67,7 +67,7 @@ class Seed:
     def __init__(self, spec: StudySpec) -> None:
         self.front = Front.of(load_study(spec.storage, spec.name))
         model, task = load(spec.adaptive_folder), make_task(spec)
-        kind = {"precision": spec.search.precision, "retention": spec.search.retention, "racing": Racing(looks=())}
+        kind = {"device": default_device(), "precision": spec.search.precision, "retention": spec.search.retention, "racing": Racing(looks=())}
         self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in ("search", "test")}
         self.plan = make_plan(spec, self.evaluators["search"])
         points, max_length = self.front.evaluated, self.front.max_length

@@ -28,6 +28,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from lat_optuna.length_config import LengthConfig, Retention
 from lat_optuna.model import adapt, at, num_layers
+from lat_optuna.model.backends import without_cudnn_attention
 from lat_optuna.model.checkpoint import SideFile, read_side_file, write_side_file
 from lat_optuna.tasks import Task
 
@@ -163,6 +164,11 @@ class ExactTrainer(Trainer):
         loss = loss * share
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """As in ``Trainer``, on GPUs too without a delay for every new length of input."""
+        with without_cudnn_attention():
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in ``Trainer``, but without a pickle of the arguments where the folder is no checkpoint to resume from."""
         super().save_model(output_dir, _internal_call)
@@ -276,7 +282,7 @@ class LengthAdaptiveTrainer(ExactTrainer):
         passes = self.adaptation.passes(num_layers(core), self.args.seed, self.state.global_step)
         teacher: dict[str, torch.Tensor] = {}
         total = torch.zeros((), device=self.args.device)
-        with self._shared_by_passes(core):
+        with self._shared_by_passes(core), without_cudnn_attention():
             for sub_model in passes:
                 # Gradients are reduced once a step. Trainer holds no_sync around all but the last micro-batch already.
                 last = sub_model is passes[-1]

@@ -11,7 +11,7 @@ from transformers import PreTrainedConfig
 
 from lat_optuna.length_config import MIN_LENGTH, LengthConfig
 from lat_optuna.model.families import Family
-from lat_optuna.model.rows import take_rows
+from lat_optuna.model.rows import is_exporting, take_rows
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def make_plan(
         The plan. With an attention mask the device is synchronised once, else never. Under ``torch.export`` the
         widths are symbols that the graph computes from the mask of its input.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return _symbolic_plan(config, skip_layers, tokens, attention_mask, first_rows)
     runs = [layer for layer in range(layers) if layer not in skip_layers]
     if attention_mask is None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 
 
+def is_exporting() -> bool:
+    """Whether a graph is made for export. (In torch 2.11 ``torch.compiler.is_exporting()`` is true of compiling, too.)"""
+    return torch.compiler._is_exporting_flag
+
+
 def take_rows(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """``values[b, rows[b, i]]`` for (batch, width, ...) values and (batch, kept) rows: (batch, kept, ...).
 
     Whole rows of a flat matrix are copied: on a CPU several times faster than ``gather`` with an expanded index.
     """
-    if torch.compiler.is_exporting():
+    if is_exporting():
         return rows_at(values, rows)
     batch, width = values.shape[:2]
     flat = rows + torch.arange(0, batch * width, width, device=rows.device)[:, None]

@@ -1,9 +1,9 @@
 """Attention that also yields significance: the attention that a word vector receives (paper: section 2.2).
 
 A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these
-rows. :func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for compilers and GPUs)
-and one that takes it in blocks whose probabilities stay in a CPU's cache and are not kept for the backward pass. Both
-are tested against :func:`reference_rows`, the definition.
+rows. :func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for compilers and
+export), one that takes it in blocks whose probabilities stay in a CPU's cache and are not kept for the backward pass,
+and one for CUDA that has no probabilities in memory. All are tested against :func:`reference_rows`, the definition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lat_optuna.model.rows import rows_at, take_rows
+from lat_optuna.model.rows import is_exporting, rows_at, take_rows
+
+try:
+    from lat_optuna.model import kernels
+except ImportError:  # no Triton
+    kernels = None  # type: ignore[assignment]
 
 BLOCK = 2**18
 """Probabilities of a block on a CPU: 1 MB. Larger ones leave the cache, and every fresh page of memory is a fault: at
@@ -73,6 +78,8 @@ def attend_and_choose(
             chosen, context = _Blocks.apply(query, key, value, allowed, keep, rows)
             return chosen, context
         return _by_blocks(query, key, value, allowed, keep, rows)
+    if _on_cuda(query, key, value):
+        return _fused(query, key, value, allowed, keep, rows, dropout)
     probabilities = attention_probabilities(query, key, allowed)
     if rows is None:
         # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
@@ -90,6 +97,51 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> bool:
     if query.device.type != "cpu" or torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
     return not torch.is_grad_enabled() or query.size(1) * query.size(2) * key.size(2) >= BLOCK
+
+
+def _on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the form for CUDA works: graphs that are exported have neither its kernels nor their gradients."""
+    if query.device.type != "cuda" or is_exporting():
+        return False
+    if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
+        return False
+    return query.dtype == key.dtype == value.dtype
+
+
+def _fused(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    keep: Keep,
+    rows: torch.Tensor | None,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Votes by a kernel that keeps nothing, then torch's attention for the rows that stay.
+
+    A row that is allowed nothing gets zeros here and a mean in the other forms; only padding ever is, and nobody
+    reads it.
+    """
+    if rows is None:
+        rows = choose_rows(_votes(query.detach(), key.detach(), allowed, keep.real), keep)
+    valid = rows.clamp(max=query.size(2) - 1)
+    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
+        allowed = allowed.expand(query.size(0), -1, -1, -1)
+        allowed = allowed.gather(2, valid[:, None, :, None].expand(-1, allowed.size(1), -1, allowed.size(3)))
+    kept = take_rows(query.transpose(1, 2), valid).transpose(1, 2)
+    context = torch.nn.functional.scaled_dot_product_attention(kept, key, value, attn_mask=allowed, dropout_p=dropout)
+    return rows, context.transpose(1, 2).flatten(2)
+
+
+def _votes(
+    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
+) -> torch.Tensor:
+    """:func:`significance` of detached queries and keys, where possible by the kernel."""
+    if kernels is None or not kernels.fits(query):
+        return significance(attention_probabilities(query, key, allowed), real)
+    # A graph needs the operator; outside of one, its dispatch would cost microseconds for nothing.
+    received = kernels.received_op if torch.compiler.is_compiling() else kernels.received
+    return received(query, key, allowed, real)
 
 
 class _Blocks(torch.autograd.Function):
@@ -275,7 +327,7 @@ def context_of_rows(
     """
     batch, heads, queries, keys = probabilities.shape
     per_head = rows[:, None].expand(-1, heads, -1)
-    if torch.compiler.is_exporting():
+    if is_exporting():
         kept = rows_at(probabilities, per_head)
     else:
         flat = probabilities.view(batch * heads, queries, keys)

@@ -444,8 +444,10 @@ class ModelEvaluator:
         import numpy as np
         import torch
 
+        from lat_optuna.model.backends import without_cudnn_attention
+
         reduced = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with torch.inference_mode(), reduced, self.model.at(config):
+        with torch.inference_mode(), without_cudnn_attention(), reduced, self.model.at(config):
             # All batches are under way before the first result is asked for: the device never waits for the host.
             outputs = [self.model(**batch.inputs) for batch in chunk.batches]
         log_probs = getattr(self.task, "log_probs", None)
