@@ -67,7 +67,12 @@ class Seed:
     def __init__(self, spec: StudySpec) -> None:
         self.front = Front.of(load_study(spec.storage, spec.name))
         model, task = load(spec.adaptive_folder), make_task(spec)
-        kind = {"device": default_device(), "precision": spec.search.precision, "retention": spec.search.retention, "racing": Racing(looks=())}
+        kind = {
+            "device": default_device(),
+            "precision": spec.search.precision,
+            "retention": spec.search.retention,
+            "racing": Racing(looks=()),
+        }
         self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in ("search", "test")}
         self.plan = make_plan(spec, self.evaluators["search"])
         points, max_length = self.front.evaluated, self.front.max_length
@@ -140,6 +145,7 @@ def main() -> None:
             shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["gain"])
             print(f"| {ratio} | {way} | {row['test']:.2f} | {shown} | {row['price']:+.2f} |", flush=True)
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
         sizes = {split: len(found[RATIOS[-1]]["constant"][split][0]) for split in ("search", "test")}
         document = {"seeds": numbers, "trials": trials, "examples": sizes, "rows": rows}

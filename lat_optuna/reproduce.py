@@ -165,7 +165,7 @@ def reproduce(
     Returns:
         The rows of the table.
     """
-    spec = with_seed(spec, seed)
+    name, spec = spec.name, with_seed(spec, seed)
     seconds: dict[str, float] = {}
     for stage in stages(spec):
         _train(stage, seconds)
@@ -210,7 +210,7 @@ def reproduce(
         "hardware": describe_hardware(default_device()),
         "seconds of the last run": {name: round(value) for name, value in seconds.items()},
     }
-    content = {"study": spec.name, "metric": baselines.metric, "seed": seed, "about": about}
+    content = {"study": name, "metric": baselines.metric, "seed": seed, "about": about}
     write_json(results / f"seed-{seed}.json", content | {"rows": [asdict(row) for row in rows]})
     write_curves(results / f"seed-{seed}-figure2.csv", fronts[retention], baselines)
     generations = fronts[retention].generations()
@@ -507,7 +507,7 @@ def table(results: Path) -> str:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for run in runs:
         for row in run["rows"]:
-            groups.setdefault((row["protocol"], row["name"]), []).append(row)
+            groups.setdefault((row["protocol"], row["name"]), []).append(row | {"seed": run["seed"]})
     first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
     examples = first["about"]["examples"]
     lines = [f"# {first['study']}: {first['metric']} in percent", ""]
@@ -528,7 +528,8 @@ def table(results: Path) -> str:
             cells = [_mean([row["cost"] for row in rows], 3) + "x"]
             cells += [_mean([row["metrics"][split] for row in rows if split in row["metrics"]], 2) for split in splits]
             cells.append(rows[0]["config"] if len({row["config"] for row in rows}) == 1 else "by seed")
-            lines.append(f"| {name} | {' | '.join(cells)} |")
+            alone = f" (seed {', '.join(str(row['seed']) for row in rows)})" if len(rows) < len(runs) else ""
+            lines.append(f"| {name}{alone} | {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 

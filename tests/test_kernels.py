@@ -26,10 +26,22 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = forms.kernels is not None and (INTERPRETED or DEVICE == "cuda")
 LOW = [torch.float16, torch.bfloat16]
+VOTES = LOW if DEVICE == "cuda" else [torch.float32, *LOW]
+"""What the kernel is tested with: on a GPU fp32 is not its affair; in the interpreter it is the sharpest."""
 MASKS = ["none", "padding", "window", "window and padding", "by head", "nothing allowed"]
 
 needs_kernel = pytest.mark.skipif(not KERNEL, reason="there is no GPU, or no Triton")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")
+
+
+class Probabilities:
+    """In the kernel's place where there is none."""
+
+    @staticmethod
+    def received(query, key, allowed, real):
+        return significance(attention_probabilities(query, key, allowed), real)
+
+    received_op = received
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +49,7 @@ def _kernel():
     """Triton's interpreter up to 3.6 does not know numpy 2.4; a CPU without it takes no kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if not KERNEL:
-            patch.setattr(forms, "kernels", None)
+            patch.setattr(forms, "kernels", Probabilities)
         elif INTERPRETED:
             from triton.runtime import interpreter
 
@@ -103,7 +115,7 @@ def skip_what_the_interpreter_cannot(dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("dtype", VOTES)
 @pytest.mark.parametrize("kind", MASKS)
 def test_votes_are_those_of_the_probabilities(kind, dtype):
     skip_what_the_interpreter_cannot(dtype)
@@ -112,7 +124,7 @@ def test_votes_are_those_of_the_probabilities(kind, dtype):
 
 
 @needs_kernel
-@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("dtype", VOTES)
 @pytest.mark.parametrize("size", [8, 20, 64, 96, 128])
 @pytest.mark.parametrize("n", [1, 64, 130])
 def test_votes_of_all_head_sizes_and_numbers_of_rows(n, size, dtype):
@@ -123,7 +135,7 @@ def test_votes_of_all_head_sizes_and_numbers_of_rows(n, size, dtype):
 
 @needs_kernel
 def test_votes_of_any_strides_and_of_rows_that_are_not_numbers():
-    packed = torch.randn(2, 40, 3, 2, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed = torch.randn(2, 40, 3, 2, 32, generator=torch.Generator().manual_seed(0)).half().to(DEVICE)
     query, key, _ = (part.transpose(1, 2) for part in packed.unbind(2))
     votes_agree(query, key, None, None)
     votes_agree(query.transpose(2, 3).contiguous().transpose(2, 3), key[:, :, ::2].repeat_interleave(2, 2), None, None)
@@ -134,11 +146,11 @@ def test_votes_of_any_strides_and_of_rows_that_are_not_numbers():
     assert torch.equal(forms.kernels.received(query, key, real[:, None, None], real), expected)
 
 
-def test_the_kernel_leaves_large_heads_and_double_precision_to_the_probabilities():
-    for size, dtype in ((160, torch.float32), (16, torch.float64)):
-        query, key, _ = projections(dtype, 20, 2, 1, size)
-        votes = forms._votes(query, key, None, None)
-        torch.testing.assert_close(votes, significance(attention_probabilities(query, key, None), None))
+@needs_kernel
+def test_the_kernel_leaves_large_heads_and_other_precisions_to_the_probabilities():
+    for size, dtype in ((160, torch.float16), (32, torch.float32), (32, torch.float64)):
+        assert not forms.kernels.fits(projections(dtype, 20, 2, 1, size)[0])
+    assert forms.kernels.fits(projections(torch.float16, 20, 2, 1, 32)[0])
 
 
 @needs_gpu
@@ -162,7 +174,7 @@ def test_new_shapes_compile_no_new_kernel():
 
 def of_cuda(query, key, value, allowed, keep, rows=None, dropout=0.0):
     """The form for CUDA, also on a CPU."""
-    if DEVICE == "cuda":
+    if DEVICE == "cuda":  # in fp32 that is the whole form
         return attend_and_choose(query, key, value, allowed, keep, rows, dropout)
     return forms._fused(query, key, value, allowed, keep, rows, dropout)
 
@@ -244,6 +256,9 @@ def test_dropout_is_that_of_the_context_alone():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+    close = {"atol": 3e-2, "rtol": 3e-2} if DEVICE == "cuda" else {"atol": 1e-3, "rtol": 1e-3}
+
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def layer(query, key, value, real, counts, width):
@@ -258,16 +273,16 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
     for n in (70, 50, 33):
         _, real = masks("padding" if masked else "none", n)
         counts = keep_for(real, n, n // 2).counts
-        ours = [part.requires_grad_() for part in projections(torch.float32, n)]
+        ours = [part.requires_grad_() for part in projections(dtype, n)]
         plain = [part.detach().clone().requires_grad_() for part in ours]
         rows, context = compiled(*ours, real, counts, n // 2)
         expected_rows, expected = layer(*plain, real, counts, n // 2)
         assert torch.equal(rows, expected_rows)
-        torch.testing.assert_close(context, expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(context, expected, **close)
         context.square().sum().backward()
         expected.square().sum().backward()
         for part, other in zip(ours, plain, strict=True):
-            torch.testing.assert_close(part.grad, other.grad, atol=1e-3, rtol=1e-3)
+            assert (part.grad - other.grad).norm() < 1e-2 * other.grad.norm()
         counted.append(backend.frame_count)
     assert counted[0] == counted[-1]
     if KERNEL:

@@ -22,7 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model.families import ALL, KEY_VALUE, QUERY, Family, family_of, head_kind, reads_first_row
 from lat_optuna.model.plan import Choice, Pass, make_plan, restore
-from lat_optuna.model.rows import take_rows
+from lat_optuna.model.rows import is_exporting, take_rows
 from lat_optuna.model.significance import Keep, attend_and_choose, choose_rows, first_row_significance
 
 Mode = Literal["restore", "eliminate"]
@@ -311,7 +311,7 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
         (batch, kept, hidden).
     """
     family, step = this.family, this.plan.steps[index]
-    real = this.plan.real_rows(step.source)
+    real = this.real_rows(step.source)
     allowed = _allowed(layer, this, step.source, hidden)
     dropout = family.dropout(layer) if layer.training else 0.0
     # A layer that gradient checkpointing replays keeps to its choice.
@@ -321,7 +321,8 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
     else:
         query, key, value = family.project(layer, hidden, kwargs, ALL)
         counts = this.plan.counts[index] if this.plan.counts is not None and step.ragged else None
-        keep = Keep(step.width, counts, real, family.protected)
+        packed = not is_exporting() and (step.source is not None or not this.plan.padded_left)
+        keep = Keep(step.width, counts, real, family.protected, packed)
         rows, context = attend_and_choose(query, key, value, allowed, keep, rows, dropout)
     if index not in this.choices:
         this.choices[index] = _choice(this, index, rows, hidden.size(1))
@@ -341,7 +342,7 @@ def _choose_and_attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the rows that stay are known before attention: queries, scores and context of no others."""
     family, step = this.family, this.plan.steps[index]
-    real = this.plan.real_rows(step.source)
+    real = this.real_rows(step.source)
     query: torch.Tensor | None = None
     if family.fused:
         query, key, value = family.project(layer, hidden, kwargs, ALL)
@@ -388,7 +389,7 @@ def _choice(this: Pass, index: int, rows: torch.Tensor, entered: int) -> Choice:
 
 def _allowed(layer: Any, this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor | None:
     """Which keys a query may look at, broadcastable to (batch, heads, queries, keys); ``None``: all of them."""
-    real = this.plan.real_rows(source)
+    real = this.real_rows(source)
     keys = None if real is None else real[:, None, None, :]
     window = this.family.window(layer) if this.family.window else None
     if window is None:
@@ -403,13 +404,19 @@ def _allowed(layer: Any, this: Pass, source: int | None, hidden: torch.Tensor) -
 
 def _mask_after(layer: Any, this: Pass, source: int, hidden: torch.Tensor) -> Any:
     """The mask of the rows that ``source`` kept, in the form that the model's attention implementation takes."""
+    implementation = this.config._attn_implementation
     if this.family.window and this.family.window(layer) is not None:
         allowed = _allowed(layer, this, source, hidden)
         assert allowed is not None
-        return _as_mask(allowed, this.config._attn_implementation, hidden)
+        return _as_mask(allowed, implementation, hidden)
     if source not in this.masks:
-        real = this.plan.real_rows(source)
-        this.masks[source] = None if real is None else create_bidirectional_mask(this.config, hidden, real)
+        real = this.real_rows(source)
+        if real is None:
+            this.masks[source] = None
+        elif implementation in ("sdpa", "eager"):  # transformers' own way asks the device whether anything is masked
+            this.masks[source] = _as_mask(real[:, None, None], implementation, hidden)
+        else:
+            this.masks[source] = create_bidirectional_mask(this.config, hidden, real)
     return this.masks[source]
 
 

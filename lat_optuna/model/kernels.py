@@ -11,11 +11,12 @@ import triton.language as tl
 LARGEST_SIZE = 128
 """Head sizes up to here fit the blocks."""
 
-BLOCKS = {torch.float16: (64, 64, 4, 3), torch.bfloat16: (64, 64, 4, 3), torch.float32: (64, 32, 8, 2)}
-"""Queries and keys of a block, warps and stages. Fixed, as batches change their shape all the time."""
+DTYPES = (torch.float16, torch.bfloat16)
+"""In fp32, exact products cost more in a kernel of ours than writing the probabilities does (H200, from 64 x 384 three
+times as much)."""
 
-PRECISION = "ieee"
-"""How fp32 is multiplied: Triton's ``input_precision``."""
+ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
+"""Queries and keys of a block. Fixed, as batches change their shape all the time."""
 
 # What changes from batch to batch must not compile the kernel anew, as a multiple of 16 or a 1 otherwise would.
 VARYING = ("n", "blocks", "allowed_example", "allowed_head", "allowed_query", "real_example")
@@ -23,7 +24,7 @@ VARYING = ("n", "blocks", "allowed_example", "allowed_head", "allowed_query", "r
 
 def fits(query: torch.Tensor) -> bool:
     """Whether the kernel takes such queries, and their GPU such a kernel (Triton supports those of 2020 and later)."""
-    if query.dtype not in BLOCKS or query.size(3) > LARGEST_SIZE:
+    if query.dtype not in DTYPES or query.size(3) > LARGEST_SIZE:
         return False
     return query.device.type != "cuda" or _capable()
 
@@ -39,7 +40,7 @@ def received(
     """Attention received, summed over heads and real queries, in one launch and a sum. No gradient, no atomics.
 
     Args:
-        query: (batch, heads, rows, head size) in fp16, bf16 or fp32, with any strides.
+        query: (batch, heads, rows, head size) in fp16 or bf16, with any strides.
         key: The same of the keys.
         allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
         real: (batch, rows) bool; ``None`` where nothing is padding. Padding does not vote.
@@ -48,8 +49,7 @@ def received(
         (batch, rows) in fp32.
     """
     batch, heads, n, size = query.shape
-    rows, keys, warps, stages = BLOCKS[query.dtype]
-    blocks = -(-n // rows)
+    blocks = -(-n // ROWS)
     sums = torch.empty((batch, heads * blocks, n), dtype=torch.float32, device=query.device)
     of_allowed = (0, 0, 0, 0) if allowed is None else allowed.expand(batch, heads, n, n).stride()
     with torch.cuda.device_of(query):
@@ -70,11 +70,10 @@ def received(
             PER_QUERY=of_allowed[2] != 0,
             SIZE=size,
             WIDTH=max(16, triton.next_power_of_2(size)),
-            ROWS=rows,
-            KEYS=keys,
-            PRECISION=PRECISION,
-            num_warps=warps,
-            num_stages=stages,
+            ROWS=ROWS,
+            KEYS=KEYS,
+            num_warps=WARPS,
+            num_stages=STAGES,
         )
     return sums.sum(1)
 
@@ -109,7 +108,6 @@ def _scores(  # type: ignore[no-untyped-def]  # Triton has types of its own
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """(ROWS, KEYS) scaled scores, base 2; the lowest finite number where nothing is allowed, -inf beyond the keys."""
     columns = start + tl.arange(0, KEYS)
@@ -120,7 +118,7 @@ def _scores(  # type: ignore[no-untyped-def]  # Triton has types of its own
         mask=present[None, :] & (width < SIZE)[:, None],
         other=0.0,
     )
-    scores = tl.dot(queries, keys, input_precision=PRECISION) * scale
+    scores = tl.dot(queries, keys) * scale
     if allowed is not None:
         if PER_QUERY:
             looked_at = tl.load(
@@ -165,7 +163,6 @@ def _received(  # type: ignore[no-untyped-def]  # Triton has types of its own
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     """A block of queries of one head: their softmax's maximum and sum, then what every key receives from them.
 
@@ -197,7 +194,7 @@ def _received(  # type: ignore[no-untyped-def]  # Triton has types of its own
     for start in range(0, end, KEYS):
         scores = _scores(
             queries, key, allowed, start, n, scale, key_row, key_size, allowed_key, lines, inside,
-            PER_QUERY, SIZE, WIDTH, KEYS, PRECISION,
+            PER_QUERY, SIZE, WIDTH, KEYS,
         )  # fmt: skip
         higher = tl.maximum(most, tl.max(scores, 1))
         total = total * tl.exp2(most - higher) + tl.sum(tl.exp2(scores - higher[:, None]), 1)
@@ -206,7 +203,7 @@ def _received(  # type: ignore[no-untyped-def]  # Triton has types of its own
     for start in range(0, end, KEYS):
         scores = _scores(
             queries, key, allowed, start, n, scale, key_row, key_size, allowed_key, lines, inside,
-            PER_QUERY, SIZE, WIDTH, KEYS, PRECISION,
+            PER_QUERY, SIZE, WIDTH, KEYS,
         )  # fmt: skip
         given = tl.where(votes[:, None], tl.exp2(scores - most[:, None]) * share[:, None], 0.0)
         columns = start + tl.arange(0, KEYS)

@@ -54,16 +54,6 @@ class Plan:
     counts: tuple[torch.Tensor, ...] | None
     padded_left: bool = False
 
-    def real_rows(self, source: int | None) -> torch.Tensor | None:
-        """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input)."""
-        if source is None:
-            return self.real
-        step = self.steps[source]
-        if not step.ragged or self.counts is None:
-            return None
-        counts = self.counts[source]
-        return torch.arange(step.width, device=counts.device) < counts[:, None]
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -92,6 +82,7 @@ class Pass:
         choices: By layer that drops.
         entered: Hidden states that entered a layer that drops, for :func:`restore`.
         by_first_row: Whether significance is the attention of the protected rows alone.
+        real: By layer that drops, what :meth:`real_rows` gave.
         masks: Masks of the rows that a layer kept, for the layers after it that drop nothing.
         groups: How many groups of shared layers ran so far (ALBERT).
     """
@@ -102,8 +93,24 @@ class Pass:
     by_first_row: bool = False
     choices: dict[int, Choice] = field(default_factory=dict)
     entered: dict[int, torch.Tensor] = field(default_factory=dict)
+    real: dict[int, torch.Tensor | None] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
     groups: int = 0
+
+    def real_rows(self, source: int | None) -> torch.Tensor | None:
+        """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input); made once.
+
+        ``None`` where all are.
+        """
+        if source is None:
+            return self.plan.real
+        if source not in self.real:
+            step, real = self.plan.steps[source], None
+            if step.ragged and self.plan.counts is not None:
+                counts = self.plan.counts[source]
+                real = torch.arange(step.width, device=counts.device) < counts[:, None]
+            self.real[source] = real
+        return self.real[source]
 
 
 def make_plan(

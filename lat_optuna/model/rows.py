@@ -6,7 +6,7 @@ import torch
 
 
 def is_exporting() -> bool:
-    """Whether a graph is made for export. (In torch 2.11 ``torch.compiler.is_exporting()`` is true of compiling, too.)"""
+    """Whether a graph is made for export; ``torch.compiler.is_exporting()`` of torch 2.11 is true of compiling, too."""
     return torch.compiler._is_exporting_flag
 
 

@@ -1,9 +1,10 @@
 """Attention that also yields significance: the attention that a word vector receives (paper: section 2.2).
 
 A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these
-rows. :func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for compilers and
-export), one that takes it in blocks whose probabilities stay in a CPU's cache and are not kept for the backward pass,
-and one for CUDA that has no probabilities in memory. All are tested against :func:`reference_rows`, the definition.
+rows. :func:`attend_and_choose` gives the last two. It has a form that takes the batch whole (for compilers, export,
+and fp32 on GPUs), one that takes it in blocks whose probabilities stay in a CPU's cache and are not kept for the
+backward pass, and one for half precision on CUDA that has no probabilities in memory. All are tested against
+:func:`reference_rows`, the definition.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ class Keep:
         real: (batch, rows) bool; padding neither votes, nor stays unless nothing else is left. ``None`` where nothing
             is padding.
         protected: How many of the first real rows always stay ([CLS]; DeiT's distillation token).
+        packed: Whether the real rows are known to come first.
     """
 
     width: int
     counts: torch.Tensor | None = None
     real: torch.Tensor | None = None
     protected: int = 1
+    packed: bool = False
 
     def of(self, examples: slice) -> Keep:
         """The same for some of the examples."""
         counts = None if self.counts is None else self.counts[examples]
-        return Keep(self.width, counts, None if self.real is None else self.real[examples], self.protected)
+        real = None if self.real is None else self.real[examples]
+        return Keep(self.width, counts, real, self.protected, self.packed)
 
 
 def attend_and_choose(
@@ -78,7 +82,7 @@ def attend_and_choose(
             chosen, context = _Blocks.apply(query, key, value, allowed, keep, rows)
             return chosen, context
         return _by_blocks(query, key, value, allowed, keep, rows)
-    if _on_cuda(query, key, value):
+    if _by_kernel(query, key, value):
         return _fused(query, key, value, allowed, keep, rows, dropout)
     probabilities = attention_probabilities(query, key, allowed)
     if rows is None:
@@ -99,13 +103,13 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() or query.size(1) * query.size(2) * key.size(2) >= BLOCK
 
 
-def _on_cuda(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the form for CUDA works: graphs that are exported have neither its kernels nor their gradients."""
-    if query.device.type != "cuda" or is_exporting():
+def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the form for CUDA works and pays: in half precision. Graphs for export have no such kernels."""
+    if kernels is None or query.device.type != "cuda" or is_exporting():
         return False
     if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
         return False
-    return query.dtype == key.dtype == value.dtype
+    return query.dtype == key.dtype == value.dtype and kernels.fits(query)
 
 
 def _fused(
@@ -117,13 +121,15 @@ def _fused(
     rows: torch.Tensor | None,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Votes by a kernel that keeps nothing, then torch's attention for the rows that stay.
+    """Votes by a kernel that keeps nothing, then torch's attention for the rows that stay. fp16 and bf16.
 
     A row that is allowed nothing gets zeros here and a mean in the other forms; only padding ever is, and nobody
     reads it.
     """
     if rows is None:
-        rows = choose_rows(_votes(query.detach(), key.detach(), allowed, keep.real), keep)
+        # A graph needs the operator; outside of one, its dispatch would cost as many microseconds as the launch.
+        received = kernels.received_op if torch.compiler.is_compiling() else kernels.received
+        rows = choose_rows(received(query.detach(), key.detach(), allowed, keep.real), keep)
     valid = rows.clamp(max=query.size(2) - 1)
     if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
         allowed = allowed.expand(query.size(0), -1, -1, -1)
@@ -131,17 +137,6 @@ def _fused(
     kept = take_rows(query.transpose(1, 2), valid).transpose(1, 2)
     context = torch.nn.functional.scaled_dot_product_attention(kept, key, value, attn_mask=allowed, dropout_p=dropout)
     return rows, context.transpose(1, 2).flatten(2)
-
-
-def _votes(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
-) -> torch.Tensor:
-    """:func:`significance` of detached queries and keys, where possible by the kernel."""
-    if kernels is None or not kernels.fits(query):
-        return significance(attention_probabilities(query, key, allowed), real)
-    # A graph needs the operator; outside of one, its dispatch would cost microseconds for nothing.
-    received = kernels.received_op if torch.compiler.is_compiling() else kernels.received
-    return received(query, key, allowed, real)
 
 
 class _Blocks(torch.autograd.Function):
@@ -299,10 +294,11 @@ def choose_rows(votes: torch.Tensor, keep: Keep) -> torch.Tensor:
     """
     rows = votes.size(1)
     votes = votes.detach()
-    if keep.real is None:
+    if keep.real is not None:
+        votes = votes.masked_fill(~keep.real, -torch.inf)
+    if keep.real is None or keep.packed:
         first = torch.arange(rows, device=votes.device) < keep.protected
     else:
-        votes = votes.masked_fill(~keep.real, -torch.inf)
         first = keep.real & (keep.real.cumsum(-1) <= keep.protected)
     votes = votes.masked_fill(first, torch.inf)
     order = votes.sort(dim=-1, descending=True, stable=True).indices[:, : keep.width]
