@@ -308,7 +308,9 @@ class _Heart(threading.Thread):
                     logger.debug("no sign of life for trial %d: %s", claim.number, error)
 
     def stop(self) -> None:
+        """End it, and wait until it has: what it holds (a model on a GPU) must not go while the interpreter does."""
         self._stopped.set()
+        self.join(timeout=5.0)  # it may be waiting for a storage that is gone
 
 
 @dataclass

@@ -144,6 +144,11 @@ def test_run_again_it_evaluates_nothing_and_with_more_trials_it_goes_on(tmp_path
     assert table(search_in(tmp_path, 15)) == unbroken(15)
 
 
+def test_nothing_goes_on_behind_a_worker_that_has_ended(tmp_path):
+    run_worker(search_in(tmp_path, 8))
+    assert [thread.name for thread in threading.enumerate() if thread.name == "signs of life"] == []
+
+
 def test_progress_tells_how_far_the_study_is(tmp_path):
     told = []
     run_worker(search_in(tmp_path, 8), on_progress=told.append)
