@@ -165,7 +165,7 @@ def reproduce(
     Returns:
         The rows of the table.
     """
-    name, spec = spec.name, with_seed(spec, seed)
+    study, spec = spec.name, with_seed(spec, seed)
     seconds: dict[str, float] = {}
     for stage in stages(spec):
         _train(stage, seconds)
@@ -210,7 +210,7 @@ def reproduce(
         "hardware": describe_hardware(default_device()),
         "seconds of the last run": {name: round(value) for name, value in seconds.items()},
     }
-    content = {"study": name, "metric": baselines.metric, "seed": seed, "about": about}
+    content = {"study": study, "metric": baselines.metric, "seed": seed, "about": about}
     write_json(results / f"seed-{seed}.json", content | {"rows": [asdict(row) for row in rows]})
     write_curves(results / f"seed-{seed}-figure2.csv", fronts[retention], baselines)
     generations = fronts[retention].generations()

@@ -149,6 +149,20 @@ def test_seeds_are_studies_of_their_own_and_the_table_gives_their_spread(whole):
     line = next(line for line in done.output.splitlines() if line.startswith("| standard |"))
     assert f"{mean:.2f} ± {abs(metrics[0] - metrics[1]) / 2**0.5:.2f}" in line
     assert "Seeds: 42, 7" in done.output
+    names = {json.loads(path.read_text())["study"] for path in (folder / "results" / "tiny").glob("seed-*.json")}
+    assert names == {"tiny"}
+
+
+def test_the_table_names_the_seeds_of_a_row_that_not_all_have(tmp_path):
+    about = {"examples": {"validation": 10}, "data": "some", "hardware": "cpu", "Training": "short"}
+    row = {"protocol": "real lengths, relative", "config": "dense", "cost": 1.0, "metrics": {"validation": 50.0}}
+    for seed, names in ((0, ["standard"]), (1, ["standard", "random"])):
+        run = {"study": "tiny", "metric": "accuracy", "seed": seed, "about": about}
+        run["rows"] = [row | {"name": name} for name in names]
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(run))
+    lines = table(tmp_path).splitlines()
+    assert "| standard | 1.000 ± 0.000x | 50.00 ± 0.00 | dense |" in lines
+    assert "| random (seed 1) | 1.000x | 50.00 | dense |" in lines
 
 
 def test_a_constant_ratio_within_a_budget_is_the_dearest_one():
