@@ -210,14 +210,25 @@ def reproduce(
         "hardware": describe_hardware(default_device()),
         "seconds of the last run": {name: round(value) for name, value in seconds.items()},
     }
+    file = results / f"seed-{seed}.json"
+    rows += _rows_left_out_now(file, about, rows)
     content = {"study": study, "metric": baselines.metric, "seed": seed, "about": about}
-    write_json(results / f"seed-{seed}.json", content | {"rows": [asdict(row) for row in rows]})
+    write_json(file, content | {"rows": [asdict(row) for row in rows]})
     write_curves(results / f"seed-{seed}-figure2.csv", fronts[retention], baselines)
     generations = fronts[retention].generations()
     _write_csv(results / f"seed-{seed}-figure4.csv", [asdict(generation) for generation in generations])
     if "latency" in parts:
         _write_latencies(results / f"seed-{seed}-figure3.csv", measured, plan, retention)
     return rows
+
+
+def _rows_left_out_now(file: Path, about: Mapping[str, Any], rows: Sequence[Row]) -> list[Row]:
+    """Rows of parts that an earlier run of the same had and this one skipped."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"about": {}, "rows": []}
+    if any(before["about"].get(key) != value for key, value in about.items() if not key.startswith("seconds")):
+        return []
+    measured = {(row.protocol, row.name) for row in rows}
+    return [Row(**row) for row in before["rows"] if (row["protocol"], row["name"]) not in measured]
 
 
 def with_seed(spec: StudySpec, seed: int) -> StudySpec:

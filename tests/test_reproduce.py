@@ -140,6 +140,7 @@ def test_the_figures_numbers_are_kept(whole):
 
 def test_seeds_are_studies_of_their_own_and_the_table_gives_their_spread(whole):
     folder, study, _ = whole
+    before = rows_of(folder)
     skipped = [option for part in ("padded", "random", "fixed", "ablations", "latency") for option in ("--skip", part)]
     done = run(study, "--results", folder / "results", "--seeds", "42,7", *skipped)
     assert done.exit_code == 0, done.output
@@ -151,6 +152,7 @@ def test_seeds_are_studies_of_their_own_and_the_table_gives_their_spread(whole):
     assert "Seeds: 42, 7" in done.output
     names = {json.loads(path.read_text())["study"] for path in (folder / "results" / "tiny").glob("seed-*.json")}
     assert names == {"tiny"}
+    assert rows_of(folder) == before  # what is skipped now was measured then, and stays
 
 
 def test_the_table_names_the_seeds_of_a_row_that_not_all_have(tmp_path):
