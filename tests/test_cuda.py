@@ -7,13 +7,12 @@ import copy
 import logging
 import math
 import os
-import threading
 from random import Random
 
 import pytest
 import torch
 from tiny_text import sentences, tiny_checkpoint, write_parquet
-from zoo import CASES, LAYERS, ONE_A_FAMILY, TEXT_CASES, assert_close, inputs_for, results
+from zoo import CASES, LAYERS, ONE_A_FAMILY, TEXT_CASES, assert_close, inputs_for, results, wrong_in_threads
 
 from lat_optuna.latency import LatencyMeter
 from lat_optuna.length_config import LengthConfig
@@ -167,28 +166,8 @@ def _gradients(model):
 
 def test_threads_run_one_model_with_different_configurations():
     model = adapt(build("BertForQuestionAnswering"))
-    batch, configs = batch_for(model, NS), [config_for(model), config_for(model, (1.0, 0.3, 0.3))]
-    expected = []
-    for config in configs:
-        with model.at(config), torch.no_grad():
-            expected.append(model(**batch).start_logits)
-    wrong, done, start = [], [], threading.Barrier(len(configs))
-
-    def work(config, right):
-        start.wait()
-        for _ in range(15):
-            with model.at(config), torch.no_grad():
-                if not torch.equal(model(**batch).start_logits, right):
-                    wrong.append(config)
-        done.append(config)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(configs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-    assert len(done) == 2
+    configs = [config_for(model), config_for(model, (1.0, 0.3, 0.3))]
+    assert not wrong_in_threads(model, batch_for(model, NS), configs)
 
 
 @pytest.mark.parametrize(

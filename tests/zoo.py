@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -221,3 +222,28 @@ def _attention_of(layer: nn.Module) -> nn.Module:
 
 
 _ATTENTIONS = ("AlbertAttention", "ModernBertAttention", "ViTAttention", "DeiTAttention")
+
+
+def wrong_in_threads(model, batch, configs):
+    """Runs one model with several configurations at once; the configurations whose start logits were not their own."""
+    expected = []
+    for config in configs:
+        with model.at(config), torch.no_grad():
+            expected.append(model(**batch).start_logits)
+    wrong, done, start = [], [], threading.Barrier(len(configs))
+
+    def work(config, right):
+        start.wait()
+        for _ in range(15):
+            with model.at(config), torch.no_grad():
+                if not torch.equal(model(**batch).start_logits, right):
+                    wrong.append(config)
+        done.append(config)
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(configs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == len(configs)
+    return wrong

@@ -23,7 +23,7 @@ from lat_optuna.length_config import LengthConfig
 from lat_optuna.model.families import ALL, KEY_VALUE, QUERY, Family, family_of, head_kind, reads_first_row
 from lat_optuna.model.plan import Choice, Pass, make_plan, restore
 from lat_optuna.model.rows import is_exporting, take_rows
-from lat_optuna.model.significance import Keep, attend_and_choose, choose_rows, first_row_significance
+from lat_optuna.model.significance import Keep, attend_and_choose, attend_from, choose_rows, first_row_significance
 
 Mode = Literal["restore", "eliminate"]
 Significance = Literal["all", "cls"]
@@ -362,12 +362,7 @@ def _choose_and_attend(
                 votes = first_row_significance(query_of(rows), key, allowed)
             rows = choose_rows(votes, Keep(step.width, counts, real, family.protected))
     valid = rows.clamp(max=hidden.size(1) - 1)
-    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
-        allowed = take_rows(allowed[:, 0].expand(hidden.size(0), -1, -1), valid)[:, None]
-    context = torch.nn.functional.scaled_dot_product_attention(
-        query_of(valid), key, value, attn_mask=allowed, dropout_p=dropout
-    )
-    return rows, context.transpose(1, 2).flatten(2)
+    return rows, attend_from(query_of(valid), key, value, allowed, valid, dropout)
 
 
 def _first_rows(this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor:

@@ -131,12 +131,36 @@ def _fused(
         received = kernels.received_op if torch.compiler.is_compiling() else kernels.received
         rows = choose_rows(received(query.detach(), key.detach(), allowed, keep.real), keep)
     valid = rows.clamp(max=query.size(2) - 1)
-    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
-        allowed = allowed.expand(query.size(0), -1, -1, -1)
-        allowed = allowed.gather(2, valid[:, None, :, None].expand(-1, allowed.size(1), -1, allowed.size(3)))
     kept = take_rows(query.transpose(1, 2), valid).transpose(1, 2)
-    context = torch.nn.functional.scaled_dot_product_attention(kept, key, value, attn_mask=allowed, dropout_p=dropout)
-    return rows, context.transpose(1, 2).flatten(2)
+    return rows, attend_from(kept, key, value, allowed, valid, dropout)
+
+
+def attend_from(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    rows: torch.Tensor,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Torch's attention from some rows to all.
+
+    Args:
+        query: (batch, heads, kept, head size) of these rows.
+        key: (batch, heads, rows, head size).
+        value: (batch, heads, rows, head size).
+        allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
+        rows: (batch, kept) indices.
+        dropout: Dropout on the probabilities.
+
+    Returns:
+        (batch, kept, heads * head size).
+    """
+    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
+        by_row = allowed.expand(query.size(0), -1, -1, -1).transpose(1, 2)
+        allowed = take_rows(by_row, rows).transpose(1, 2)
+    context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
+    return context.transpose(1, 2).flatten(2)
 
 
 class _Blocks(torch.autograd.Function):

@@ -4,13 +4,23 @@ import copy
 import inspect
 import logging
 import pickle
-import threading
 from random import Random
 
 import pytest
 import torch
 import transformers
-from zoo import CASES, LAYERS, ONE_A_FAMILY, TEXT_CASES, assert_close, image_tokens, inputs_for, reference, results
+from zoo import (
+    CASES,
+    LAYERS,
+    ONE_A_FAMILY,
+    TEXT_CASES,
+    assert_close,
+    image_tokens,
+    inputs_for,
+    reference,
+    results,
+    wrong_in_threads,
+)
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model import adapt, at, is_adapted, num_layers
@@ -400,27 +410,8 @@ def test_two_models_have_configurations_of_their_own_in_one_block():
 @pytest.mark.parametrize("name", ["BertForQuestionAnswering", "AlbertForQuestionAnswering"])
 def test_threads_run_one_model_with_different_configurations(name):
     model = adapt(CASES[name].build())
-    batch = inputs_for(model, NS)
     configs = [None, config_for(model), config_for(model, (0.5, 0.5, 0.5)), config_for(model, (1.0, 0.3, 0.3))]
-    expected = []
-    for config in configs:
-        with model.at(config), torch.no_grad():
-            expected.append(model(**batch).start_logits)
-    wrong, start = [], threading.Barrier(len(configs))
-
-    def work(config, right):
-        start.wait()
-        for _ in range(15):
-            with model.at(config), torch.no_grad():
-                if not torch.equal(model(**batch).start_logits, right):
-                    wrong.append(config)
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(configs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    assert not wrong_in_threads(model, inputs_for(model, NS), configs)
 
 
 def test_a_pipeline_takes_an_adapted_model(tmp_path):
