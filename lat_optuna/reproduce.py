@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -67,6 +67,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 """Row of the table -> settings of :class:`lat_optuna.trainer.LengthAdaptation` in place of the study's."""
 
+BESIDE = "exact_match"
+"""The table shows this after the metric, where a task has it."""
+
 LATENCY_BATCHES = (1, 4, 16, 64)
 PROTOCOLS: dict[Retention, str] = {"relative": "real lengths, relative", "absolute": "padded, absolute"}
 
@@ -83,6 +86,7 @@ class Row:
         config: The configuration; ``"dense"`` without one.
         cost: FLOPs as a fraction of the dense model's, on the reporting split.
         metrics: The metric in percent, by split. Points are chosen on ``search`` where there is one.
+        further: Whatever else an evaluation tells (exact match beside F1, say), by split and name.
     """
 
     name: str
@@ -90,6 +94,7 @@ class Row:
     config: str
     cost: float
     metrics: Mapping[str, float]
+    further: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 class _Measurements:
@@ -97,8 +102,8 @@ class _Measurements:
 
     def __init__(self, spec: StudySpec) -> None:
         self.spec = spec
-        self.file = spec.output / "reproduce.json"
-        self.known: dict[str, float] = json.loads(self.file.read_text()) if self.file.exists() else {}
+        self.file = spec.output / "measured.json"
+        self.known: dict[str, dict[str, float]] = json.loads(self.file.read_text()) if self.file.exists() else {}
         self.splits: list[Split] = ["search", "validation", "test"]
         if spec.task.test_rows is None:
             self.splits.remove("test")
@@ -135,16 +140,18 @@ class _Measurements:
     def row(self, name: str, folder: Path, config: LengthConfig | None, retention: Retention) -> Row:
         """Measure one configuration (``None``: dense) on all splits, or remember it."""
         weights, evaluators = self.evaluators(folder, retention)
-        metrics = {}
+        metrics, further = {}, {}
         for split, evaluator in evaluators.items():
             data, precision = evaluator.task.fingerprint(split)[:16], evaluator.precision
             key = f"{weights} {data} {precision} {retention} {config}"
             if key not in self.known:
-                self.known[key] = evaluator.evaluate(config).metric
+                found = evaluator.evaluate(config)
+                self.known[key] = {"metric": found.metric, **found.details}
                 write_json(self.file, self.known)
-            metrics[str(split)] = self.known[key]
+            further[str(split)] = dict(self.known[key])
+            metrics[str(split)] = further[str(split)].pop("metric")
         cost = evaluators["validation"].cost(config)
-        return Row(name, PROTOCOLS[retention], "dense" if config is None else str(config), cost, metrics)
+        return Row(name, PROTOCOLS[retention], "dense" if config is None else str(config), cost, metrics, further)
 
 
 # ---------------------------------------------------------------------- one study, one seed
@@ -521,7 +528,10 @@ def table(results: Path) -> str:
             groups.setdefault((row["protocol"], row["name"]), []).append(row | {"seed": run["seed"]})
     first, seeds = runs[0], ", ".join(str(run["seed"]) for run in runs)
     examples = first["about"]["examples"]
-    lines = [f"# {first['study']}: {first['metric']} in percent", ""]
+    every = [row for run in runs for row in run["rows"]]
+    beside = any(BESIDE in figures for row in every for figures in row.get("further", {}).values())
+    title = f"{first['metric']} / {BESIDE}" if beside else first["metric"]
+    lines = [f"# {first['study']}: {title} in percent", ""]
     lines += [
         f"{first['about']['data']}; {first['about']['hardware']}; {first['about']['Training']}. Seeds: {seeds}.",
         "",
@@ -537,7 +547,10 @@ def table(results: Path) -> str:
         for name in names:
             rows = groups[protocol, name]
             cells = [_mean([row["cost"] for row in rows], 3) + "x"]
-            cells += [_mean([row["metrics"][split] for row in rows if split in row["metrics"]], 2) for split in splits]
+            for split in splits:
+                cell = _mean([row["metrics"][split] for row in rows if split in row["metrics"]], 2)
+                others = [row["further"][split][BESIDE] for row in rows if beside and split in row.get("further", {})]
+                cells.append(f"{cell} / {_mean(others, 2)}" if others else cell)
             cells.append(rows[0]["config"] if len({row["config"] for row in rows}) == 1 else "by seed")
             alone = f" (seed {', '.join(str(row['seed']) for row in rows)})" if len(rows) < len(runs) else ""
             lines.append(f"| {name}{alone} | {' | '.join(cells)} |")

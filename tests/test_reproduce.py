@@ -106,11 +106,11 @@ def test_a_second_run_does_nothing_twice_and_finds_the_same(whole):
     folder, study, text = whole
     files = sorted((folder / "out").glob("*/model.safetensors"))
     before = [path.stat().st_mtime_ns for path in files], rows_of(folder)
-    measured = (folder / "out" / "reproduce.json").read_text()
+    measured = (folder / "out" / "measured.json").read_text()
     again = run(study, "--results", folder / "results")
     assert again.exit_code == 0, again.output
     assert ([path.stat().st_mtime_ns for path in files], rows_of(folder)) == before
-    assert (folder / "out" / "reproduce.json").read_text() == measured
+    assert (folder / "out" / "measured.json").read_text() == measured
     assert "| standard | 1.000x |" in text
 
 
@@ -165,6 +165,19 @@ def test_the_table_names_the_seeds_of_a_row_that_not_all_have(tmp_path):
     lines = table(tmp_path).splitlines()
     assert "| standard | 1.000 ± 0.000x | 50.00 ± 0.00 | dense |" in lines
     assert "| random (seed 1) | 1.000x | 50.00 | dense |" in lines
+
+
+def test_the_table_shows_exact_match_beside_f1(tmp_path):
+    about = {"examples": {"validation": 10, "test": 20}, "data": "some", "hardware": "cpu", "Training": "short"}
+    row = {"name": "standard", "protocol": "real lengths, relative", "config": "dense", "cost": 1.0}
+    for seed, f1, em in ((0, 60.0, 40.0), (1, 62.0, 44.0)):
+        further = {"validation": {"exact_match": em, "log_prob": -1.0}, "test": {"exact_match": em + 1}}
+        rows = [row | {"metrics": {"validation": f1, "test": f1 + 1}, "further": further}]
+        run = {"study": "tiny", "metric": "f1", "seed": seed, "about": about, "rows": rows}
+        (tmp_path / f"seed-{seed}.json").write_text(json.dumps(run))
+    lines = table(tmp_path).splitlines()
+    assert lines[0] == "# tiny: f1 / exact_match in percent"
+    assert "| standard | 1.000 ± 0.000x | 61.00 ± 1.41 / 42.00 ± 2.83 | 62.00 ± 1.41 / 43.00 ± 2.83 | dense |" in lines
 
 
 def test_a_constant_ratio_within_a_budget_is_the_dearest_one():
