@@ -2,7 +2,8 @@
 
 The paper pads every input to ``max_length`` and computes attention eagerly in fp32. That side runs the rectangles that
 it would run: every example is given ``max_length`` tokens that count as real. The other sides run the same constant
-ratios at real lengths. Sides take turns; times are medians over the rounds, on one thread.
+ratios at real lengths. Sides take turns; times are medians over the rounds: of one thread, or of the GPU where there is
+one.
 
     python benchmarks/evaluator.py studies/sst2-minilm.yaml --set output=runs/sst2-minilm --rows 512
 """
@@ -26,7 +27,7 @@ from lat_optuna.search.evaluator import ModelEvaluator
 from lat_optuna.spec import load_spec
 
 RATIOS = (0.05, 0.12, 0.2, 0.3)
-PADDED_BATCH = 32
+PADDED_BATCH = {"cpu": 32, "cuda": 128}
 
 
 class Part:
@@ -57,12 +58,15 @@ def padded(model: Any, task: Part, split: str) -> Callable[[LengthConfig], float
     vocabulary = torch.tensor([tokens for row in features["input_ids"][:] for tokens in row])
     count = len(features)
     ids = vocabulary[torch.arange(count * task.max_length) % len(vocabulary)].view(count, task.max_length)
+    batches = ids.to(model.device).split(PADDED_BATCH[model.device.type])
 
     def evaluate(config: LengthConfig) -> None:
         absolute = LengthConfig(config.lengths, config.max_length, "absolute")
         with torch.inference_mode(), model.at(absolute):
-            for batch in ids.split(PADDED_BATCH):
+            for batch in batches:
                 model(input_ids=batch)
+        if model.device.type == "cuda":
+            torch.cuda.synchronize(model.device)
 
     return evaluate
 
@@ -82,20 +86,19 @@ def main() -> None:
     spec = load_spec(arguments.study, arguments.set)
     split = spec.search_split
     task: Any = Part(pipeline.make_task(spec), split, arguments.rows)
-    model = load(spec.adaptive_folder).eval()
-    eager = load(spec.adaptive_folder, attn_implementation="eager").eval()
+    device = pipeline.default_device()
+    model = load(spec.adaptive_folder).eval().to(device)
+    eager = load(spec.adaptive_folder, attn_implementation="eager").eval().to(device)
 
-    def ours(model: Any, tokens: int, **settings: Any) -> Callable[[LengthConfig], float | None]:
-        evaluator = ModelEvaluator(model, task, split, tokens_per_batch=tokens, **settings)
+    def ours(model: Any, **settings: Any) -> Callable[[LengthConfig], float | None]:
+        evaluator = ModelEvaluator(model, task, split, device, **settings)
         return lambda config: evaluator._measure(config).metric
 
     sides = {
         "padded, eager, fp32 (the paper)": padded(eager, task, split),
-        "real lengths, eager, fp32": ours(eager, 2048),
-        "real lengths, SDPA, fp32": ours(model, 2048),
-        "real lengths, SDPA, fp32, 512 tokens a batch": ours(model, 512),
-        "real lengths, SDPA, bf16": ours(model, 2048, precision="bf16"),
-        "real lengths, SDPA, bf16, 512 tokens a batch": ours(model, 512, precision="bf16"),
+        "real lengths, eager, fp32": ours(eager),
+        "real lengths, SDPA, fp32": ours(model),
+        "real lengths, SDPA, bf16": ours(model, precision="bf16"),
     }
     layers = model.config.num_hidden_layers
     configs = [LengthConfig.constant_ratio(ratio, layers, task.max_length) for ratio in RATIOS]
@@ -131,7 +134,7 @@ def main() -> None:
                 "rounds": round_number + 1,
                 "clock": "CPU time" if arguments.cpu_time else "wall time",
             }
-            write_json(arguments.output, {**document, "device": pipeline.describe_hardware("cpu"), "sides": rows})
+            write_json(arguments.output, {**document, "device": pipeline.describe_hardware(device), "sides": rows})
     print("| side | examples/s | times the paper's | metric at the ratios |\n| --- | ---: | ---: | --- |")
     for row in rows:
         shown = " ".join("-" if metric is None else f"{metric:.2f}" for metric in row["metric"])

@@ -1,6 +1,6 @@
 """Area under the front and hypervolume at equal numbers of evaluations: our sampler, the paper's, and Optuna's.
 
-    python benchmarks/search.py run studies/sst2-minilm.yaml --set output=runs/sst2-minilm --seeds 5 --counts 100 300
+    python benchmarks/search.py run studies/sst2-minilm.yaml --set output=runs/sst2-minilm --counts 100 300
     python benchmarks/search.py table
 
 ``run`` works on a landscape of a trained model (see ``landscapes.py``), or with ``--emulated`` on what is fitted to the
@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> None:
         state["runs"] = json.loads(file.read_text())["runs"]
     arguments.results.mkdir(parents=True, exist_ok=True)
     for count in arguments.counts:
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             for sampler in arguments.samplers:
                 trials = state["runs"].setdefault(sampler, {}).setdefault(str(seed), [])
                 start, before = time.monotonic(), len(trials)
@@ -254,7 +254,7 @@ def main() -> None:
     runs.add_argument("--metric", choices=("metric", "probability"), default="metric")
     runs.add_argument("--memo", type=Path, default=Path("runs/landscapes"))
     runs.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
-    runs.add_argument("--seeds", type=int, default=5)
+    runs.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))
     runs.add_argument("--emulated", action="store_true")
     runs.add_argument("--stored", type=Path, nargs="*", default=(), help="further measurements, of searches.py")
     runs.set_defaults(function=run)
