@@ -12,14 +12,19 @@ the same economy then: the ratio of a configuration to the dense model tells wha
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
-from lat_optuna.length_config import LengthConfig
+import numpy as np
+
+from lat_optuna.length_config import MIN_LENGTH, LengthConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+Rows = TypeVar("Rows", int, np.ndarray)
+"""Numbers of rows, one or many."""
 
 
 @dataclass(frozen=True)
@@ -137,8 +142,7 @@ class Architecture:
 
     def _widest(self, config: LengthConfig | None, ns: Sequence[int]) -> int:
         """FLOPs of one example of a batch, each being as wide as the longest."""
-        if config is not None and config.num_layers != self.layers:
-            raise ValueError(f"the configuration {config} has {config.num_layers} layers, the model has {self.layers}")
+        self._check(config)
         rows = max(ns)
         total = self.per_token * rows + self.per_example
         # A longer example keeps at least as many rows in every layer, so the longest sets the width everywhere. In a
@@ -149,34 +153,57 @@ class Architecture:
             after = tuple(lengths[layer] for lengths in kept)
             if layer == self.layers - 1 and self.last_layer == "cls":
                 total += self._known(rows, self.protected)
-            elif after != before and self.significance == "cls":
-                total += self._known(rows, max(after))
-                total += self.protected * ((0 if self.fused else self.per_row_in // 3) + rows * self.per_pair)
             else:
-                total += rows * self.per_row_in + (rows + max(after)) * rows * self.per_pair
-                total += max(after) * self.per_row_out
+                total += self._layer(rows, max(after), after != before)
             rows, before = max(after), after
         return 2 * total
 
-    def _known(self, rows: int, kept: int) -> int:
+    def _layer(self, rows: Rows, kept: Rows, drops: bool) -> Rows:
+        """Multiply-adds of a layer, which drops or does not."""
+        if drops and self.significance == "cls":
+            votes = (0 if self.fused else self.per_row_in // 3) + rows * self.per_pair
+            return self._known(rows, kept) + self.protected * votes
+        return rows * self.per_row_in + (rows + kept) * rows * self.per_pair + kept * self.per_row_out
+
+    def _known(self, rows: Rows, kept: Rows) -> Rows:
         """Multiply-adds of a layer of whose ``rows`` it is known before attention that ``kept`` stay."""
         query = self.per_row_in // 3 * (rows if self.fused else kept)
         return 2 * (self.per_row_in // 3) * rows + query + 2 * kept * rows * self.per_pair + kept * self.per_row_out
 
-    def mean_flops(self, config: LengthConfig | None, lengths: Iterable[int]) -> float:
+    def mean_flops(self, config: LengthConfig | None, lengths: Iterable[int] | Mapping[int, int]) -> float:
         """Mean of :meth:`example_flops`: the cost of a configuration on a task.
 
         Args:
             config: The length configuration; ``None`` is dense.
-            lengths: Real tokens of each example.
+            lengths: Real tokens of each example; or how many examples there are of each length.
 
         Raises:
-            ValueError: There are no lengths.
+            ValueError: The configuration has another number of layers, or there are no lengths.
         """
-        counts = Counter(int(n) for n in lengths)
+        counts = lengths if isinstance(lengths, Mapping) else Counter(int(n) for n in lengths)
         if not counts:
             raise ValueError("the mean over no examples is not defined; give at least one length")
-        return sum(times * self.example_flops(config, n) for n, times in counts.items()) / counts.total()
+        self._check(config)
+        # All layers and lengths at once: a search asks for the cost of hundreds of candidates a trial.
+        ns, times = np.array(list(counts)), np.array(list(counts.values()))
+        kept = np.broadcast_to(ns, (self.layers, len(ns)))
+        if config is not None:
+            kept = np.array(config.lengths)[:, None]
+            if config.retention == "relative":
+                kept = -(-kept * ns // config.max_length)
+            kept = np.minimum(np.maximum(kept, MIN_LENGTH), ns)
+        rows = np.concatenate([ns[None], kept[:-1]])
+        layers = self._layer(rows, kept, False)
+        if self.significance == "cls":
+            layers = np.where(kept < rows, self._layer(rows, kept, True), layers)
+        if self.last_layer == "cls":
+            layers[-1] = self._known(rows[-1], np.array(self.protected))
+        each = self.per_token * ns + self.per_example + layers.sum(0)
+        return 2 * int(each @ times) / int(times.sum())
+
+    def _check(self, config: LengthConfig | None) -> None:
+        if config is not None and config.num_layers != self.layers:
+            raise ValueError(f"the configuration {config} has {config.num_layers} layers, the model has {self.layers}")
 
 
 # Parts of a model that run once per input, even where the head has a result per token.

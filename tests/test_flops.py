@@ -87,6 +87,20 @@ def test_the_mean_over_a_task_weighs_every_example_alike():
     assert architecture.mean_flops(None, iter(lengths)) > expected
 
 
+@pytest.mark.parametrize("name", ["BertForSequenceClassification", "DeiTForImageClassification"])
+@pytest.mark.parametrize("significance", ["all", "cls"])
+@pytest.mark.parametrize("last_layer", ["all", "cls"])
+def test_the_mean_is_exact_with_every_option_and_retention(name, significance, last_layer):
+    mode = "eliminate" if last_layer == "cls" else "auto"
+    architecture = Architecture.of(adapt(CASES[name].build(), mode, significance, last_layer))
+    counts = {1: 3, 2: 1, 7: 2, 13: 1, 20: 4, 500: 1}
+    lengths = ((20, 20, 20), (20, 11, 11), (15, 7, 1), (1, 1, 1))
+    absolute = [LengthConfig(each, 20, "absolute") for each in lengths]
+    for config in (None, *(LengthConfig(each, 20) for each in lengths), *absolute):
+        expected = sum(times * architecture.example_flops(config, n) for n, times in counts.items()) / 12
+        assert architecture.mean_flops(config, counts) == expected
+
+
 def test_a_full_configuration_costs_what_dense_costs_and_dropping_costs_less():
     architecture = Architecture.of(CASES["BertForQuestionAnswering"].build())
     full = LengthConfig.full(3, 20)
@@ -102,4 +116,6 @@ def test_wrong_use_is_refused():
         architecture.example_flops(None, 0)
     with pytest.raises(ValueError, match="at least one length"):
         architecture.mean_flops(None, [])
+    with pytest.raises(ValueError, match="has 2 layers, the model has 3"):
+        architecture.mean_flops(LengthConfig((5, 5), 5), [4])
     assert architecture.batch_flops(None, []) == 0

@@ -372,10 +372,8 @@ class ModelEvaluator:
             )
 
     def _flops(self, config: LengthConfig | None) -> float:
-        flops = self._architecture.example_flops
-        if self.protocol == "padded":
-            return float(flops(config, self.max_length))
-        return sum(times * flops(config, n) for n, times in self._counts.items()) / len(self._lengths)
+        counts = {self.max_length: 1} if self.protocol == "padded" else self._counts
+        return self._architecture.mean_flops(config, counts)
 
     def _measure(self, config: LengthConfig | None, rival: Rival | None = None) -> Evaluation | Abandoned:
         import torch
