@@ -130,7 +130,7 @@ def make_plan(
     n = (known >> 1).clamp(min=1)
     counts = n.expand(layers, -1) if config is None else _at_lengths(config, n)
     chain = np.stack([n.numpy(), *counts.numpy()[runs]])
-    falling = (chain[1:] < chain[:-1]).any(-1).tolist()
+    falling = np.any(chain[1:] < chain[:-1], axis=1)
     most, least = chain.max(-1).tolist(), chain.min(-1).tolist()
     step = _granularity(tokens, attention_mask.device)
     if least[0] == tokens and (step == 1 or config is None):
@@ -145,7 +145,7 @@ def make_plan(
             continue
         at = runs.index(layer)
         # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
-        drops = falling[at] or (config is not None and padded_left and at == 0)
+        drops = bool(falling[at]) or (config is not None and padded_left and at == 0)
         if drops:
             width = min(width, -(-most[at + 1] // step) * step)
             ragged = least[at + 1] < width
