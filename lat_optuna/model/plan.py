@@ -129,7 +129,7 @@ def make_plan(
     # an empty set; nobody reads its result.
     n = (known >> 1).clamp(min=1)
     counts = n.expand(layers, -1) if config is None else _at_lengths(config, n)
-    chain = np.stack([n.numpy(), *counts.numpy()[runs]])
+    chain = np.concatenate([n.numpy()[None], counts.numpy()[runs]])
     falling = np.any(chain[1:] < chain[:-1], axis=1)
     most, least = chain.max(-1).tolist(), chain.min(-1).tolist()
     step = _granularity(tokens, attention_mask.device)
