@@ -2,8 +2,9 @@
 
     python benchmarks/kernel.py --json kernel.json
 
-Four ways are measured in turns, and medians are compared: torch's attention over all rows (a layer that drops nothing),
-the form that writes all probabilities, and the form for CUDA, whose votes are measured alone as well.
+All ways are measured in turns, and medians are compared: torch's attention over all rows (a layer that drops nothing),
+the form that writes all probabilities, and the form for CUDA, whose votes and choice are measured alone as well, beside
+a choice by sorting.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ def ways(parts: list[torch.Tensor], padded: bool) -> dict[str, Callable[[], Any]
     allowed = None if real is None else real[:, None, None]
     keep = Keep(n // 2, None, real)
     query, key, value = parts
+    votes = torch.rand(batch, n, device=parts[0].device)
 
     def without_gradient(function: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> None:
@@ -52,12 +54,12 @@ def ways(parts: list[torch.Tensor], padded: bool) -> dict[str, Callable[[], Any]
         gradient = torch.randn_like(function()[1])
         return lambda: torch.autograd.grad(function()[1], parts, gradient)
 
-    def whole() -> tuple[torch.Tensor, torch.Tensor]:
+    def whole() -> tuple[Any, torch.Tensor]:
         probabilities = forms.attention_probabilities(query, key, allowed)
-        rows = forms.choose_rows(forms.significance(probabilities.detach(), real), keep)
-        return rows, forms.context_of_rows(probabilities, value, rows)
+        choice = forms.choose(forms.significance(probabilities.detach(), real), keep)
+        return choice, forms.context_of_rows(probabilities, value, choice.rows)
 
-    def fused() -> tuple[torch.Tensor, torch.Tensor]:
+    def fused() -> tuple[Any, torch.Tensor]:
         return forms._fused(query, key, value, allowed, keep, None, 0.0)
 
     def dense() -> torch.Tensor:
@@ -68,6 +70,8 @@ def ways(parts: list[torch.Tensor], padded: bool) -> dict[str, Callable[[], Any]
         "whole": without_gradient(whole),
         "fused": without_gradient(fused),
         "votes": without_gradient(lambda: forms.kernels.received(query, key, allowed, real)),
+        "choice": without_gradient(lambda: forms.choose(votes, keep)),
+        "sorted": without_gradient(lambda: forms.as_choice(forms.choose_rows(votes, keep), keep, n)),
         "whole + backward": with_gradient(whole),
         "fused + backward": with_gradient(fused),
     }

@@ -1,7 +1,8 @@
-"""The form for CUDA keeps what the definition keeps; its kernel agrees with the probabilities that it never writes.
+"""The form for CUDA keeps what the definition keeps; its kernels agree with the probabilities that they never write,
+and with a sort.
 
-On a GPU the tests take its kernel. Elsewhere they take no kernel but the rest of that form; where Triton is installed,
-one test runs this file once more with the kernel in Triton's interpreter.
+On a GPU the tests take its kernels. Elsewhere they take no kernel but the rest of that form; where Triton is installed,
+one test runs this file once more with the kernels in Triton's interpreter.
 """
 
 import os
@@ -11,10 +12,15 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import CASES, inputs_for, results
 
+from lat_optuna.length_config import LengthConfig
+from lat_optuna.model import adapt, num_layers
 from lat_optuna.model import significance as forms
 from lat_optuna.model.significance import (
     Keep,
+    as_choice,
     attend_and_choose,
     attention_probabilities,
     choose_rows,
@@ -60,6 +66,7 @@ def _kernel():
                 scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
             patch.setattr(interpreter, "_patch_lang_tensor", with_index)
+            patch.setattr(forms, "_has_kernels", lambda tensor: True)
         yield
 
 
@@ -158,25 +165,155 @@ def test_the_kernel_leaves_large_heads_and_other_precisions_to_the_probabilities
 def test_new_shapes_compile_no_new_kernel():
     def run(n, kind):
         query, key, _ = projections(torch.float16, n)
-        forms.kernels.received(query, key, *masks(kind, n))
+        allowed, real = masks(kind, n)
+        votes = forms.kernels.received(query, key, allowed, real)
+        for batch in (1, 3):  # counts of a layer begin anywhere
+            counts = torch.ones(2, batch, dtype=torch.int64, device=DEVICE)
+            for keep in (Keep(n, None), Keep(1 + n // 2, counts[1], None if real is None else real[:batch], 1 + n % 2)):
+                forms.choose(votes[:batch], keep)
 
     def compiled():
-        return len(forms.kernels._received.device_caches[torch.cuda.current_device()][0])
+        kernels = forms.kernels._received, forms.kernels._choose
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
 
     for kind in MASKS:
         run(70, kind)
     before = compiled()
     for kind in MASKS:
-        for n in (2, 16, 33, 64, 96, 128, 131):
+        for n in (2, 16, 33, 64, 96, 128):  # beyond it the choice has a block of twice as many
             run(n, kind)
     assert compiled() == before
 
 
-def of_cuda(query, key, value, allowed, keep, rows=None, dropout=0.0):
+@pytest.fixture
+def vote():
+    """Votes of each kind, on the device."""
+
+    def make(kind, n, batch=4):
+        made = torch.Generator().manual_seed(n)
+        votes = torch.rand(batch, n, generator=made) * 12
+        if kind == "tied":
+            votes = (votes / 4).round()
+        elif kind == "constant":
+            votes[:] = 0.25
+        elif kind == "signed zeros and worse":
+            votes = torch.tensor([0.0, -0.0, torch.nan, -torch.nan, torch.inf, -torch.inf, -1.0, 1e-42])
+            votes = votes[torch.randint(8, (batch, n), generator=made)]
+        return votes.to(DEVICE)
+
+    return make
+
+
+def agrees(votes, keep):
+    """The kernel's choice is the sort's; ``real`` too, where there is filler."""
+    expected = as_choice(choose_rows(votes, keep), keep, votes.size(1))
+    found = forms.choose(votes, keep)
+    assert torch.equal(found.rows, expected.rows)
+    assert torch.equal(found.positions, expected.positions)
+    assert (found.real is None) == (expected.real is None)
+    assert found.real is None or torch.equal(found.real, expected.real)
+    start = torch.arange(votes.size(0), device=DEVICE)[:, None] * votes.size(1)
+    assert torch.equal(found.flat, (start + expected.rows).flatten())
+    return found
+
+
+@needs_kernel
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 130, 513])
+@pytest.mark.parametrize("kind", ["random", "tied", "constant", "signed zeros and worse"])
+def test_the_choice_is_that_of_a_sort(vote, kind, n):
+    votes = vote(kind, n)
+    for width in {1, 2, n // 3, n - 1, n} & set(range(1, n + 1)):
+        for protected in {1, 2} & set(range(width + 1)):
+            agrees(votes, Keep(width, protected=protected))
+
+
+@needs_kernel
+@pytest.mark.parametrize("n", [1, 2, 17, 64, 130, 513])
+@pytest.mark.parametrize("kind", ["random", "tied"])
+@pytest.mark.parametrize("left", [False, True])
+def test_the_choice_of_padded_and_ragged_batches_is_that_of_a_sort(vote, left, kind, n):
+    votes = vote(kind, n)
+    ns = torch.tensor([n, n // 2 + 1, 1, 0], device=DEVICE)  # the last one is nothing but padding
+    real = torch.arange(n, device=DEVICE) < ns[:, None]
+    real = real.flip(-1) if left else real
+    positions = (3 * torch.arange(n, device=DEVICE) + torch.arange(4, device=DEVICE)[:, None]).contiguous()
+    for width in {1, n // 3, n} & set(range(1, n + 1)):
+        counts = (ns * width // n).clamp(min=1)
+        for packed in {False, not left}:
+            agrees(votes, Keep(width, counts, real, 1, packed, None, n))
+            agrees(votes, Keep(width, counts, real, 1, packed, positions, 3 * n + 7))
+    agrees(votes[:2], Keep(n // 2 + 1, None, real[:2], 1, not left, positions[:2]))
+    agrees(votes, Keep(n, torch.full((4,), n, device=DEVICE) // 2 + 1, None, 1, True, None, n))
+    # Of any strides, and counts that begin anywhere.
+    table = torch.stack([counts, counts, counts])[:, :3]
+    wide = real.repeat_interleave(2, 1)[:, ::2]
+    agrees(votes.T.contiguous().T[:3], Keep(n, table[1], wide[:3], 2 if n > 1 else 1, False, positions[:3], n))
+
+
+@needs_kernel
+def test_too_many_rows_for_the_kernel_are_sorted():
+    votes = torch.rand(2, forms.kernels.LONGEST + 1, device=DEVICE)
+    assert forms.choose(votes, Keep(5)).flat is None
+    assert agrees(votes[:, :-1].contiguous(), Keep(5)).flat is not None
+
+
+@needs_kernel
+@pytest.mark.skipif(DEVICE == "cuda", reason="there, test_cuda.py does")
+@pytest.mark.parametrize("significance", ["all", "cls"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "BertForQuestionAnswering",
+        "Albert-groups",
+        "ModernBertForTokenClassification",
+        "DeiTForImageClassificationWithTeacher",
+    ],
+)
+def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
+    if significance == "cls" and name.startswith("ModernBert"):
+        pytest.skip("its layers have windows")
+    ns = (13, 20, 7, 1)
+    model = adapt(CASES[name].build(), significance=significance)
+    layers = num_layers(model)
+    config = LengthConfig(tuple(range(18, 18 - 2 * layers, -2)), 20)
+    monkeypatch.setattr(forms, "_in_blocks", lambda *args: False)
+    for left in {False, "input_ids" in inputs_for(model, ns)}:
+        batch = inputs_for(model, ns, pad_to=23, left=left)
+        found = {}
+        for kernel in (True, False):
+            monkeypatch.setattr(forms, "_has_kernels", lambda tensor, answer=kernel: answer)
+            model.zero_grad()
+            with model.at(config):
+                outputs = model(**batch)
+            parts = [part for parts in results(model, outputs, ns, left) for part in parts]
+            sum(part.square().sum() for part in parts).backward()
+            found[kernel] = parts + [weights.grad for weights in model.parameters() if weights.grad is not None]
+        assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
+
+
+def of_cuda(query, key, value, allowed, keep, known=None, dropout=0.0):
     """The form for CUDA, also on a CPU."""
     if DEVICE == "cuda":  # in fp32 that is the whole form
-        return attend_and_choose(query, key, value, allowed, keep, rows, dropout)
-    return forms._fused(query, key, value, allowed, keep, rows, dropout)
+        return attend_and_choose(query, key, value, allowed, keep, known, dropout)
+    return forms._fused(query, key, value, allowed, keep, known, dropout)
+
+
+def test_queries_of_kept_rows_are_not_copied_as_a_whole(monkeypatch):
+    query, key, value = projections(torch.float32)
+    seen = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            made = func(*args, **(kwargs or {}))
+            if str(func).startswith(("aten.clone", "aten.copy_", "aten._to_copy", "aten._unsafe_view")):
+                seen.append(func)
+            return made
+
+    choice, _ = of_cuda(query, key, value, None, Keep(30))
+    with Copies():
+        kept = choice.of(query.transpose(1, 2)).transpose(1, 2)
+    assert not seen
+    assert torch.equal(kept, query.gather(2, choice.rows[:, None, :, None].expand(-1, 2, -1, 32)))
 
 
 def keep_for(real, n=70, width=30):
@@ -186,14 +323,16 @@ def keep_for(real, n=70, width=30):
     return Keep(width, counts, real)
 
 
-def differ_at_the_cut_alone(rows, votes, keep):
+def differ_at_the_cut_alone(choice, votes, keep):
     """Rows that one form keeps and the other does not receive what the last row that stays receives."""
-    expected = choose_rows(votes, keep)
-    n = votes.size(1)
-    for found, ours, received in zip(rows.tolist(), expected.tolist(), votes.tolist(), strict=True):
-        differing = set(found) ^ set(ours)
-        assert n not in differing
-        cut = min((received[row] for row in ours if row < n and row >= keep.protected), default=0.0)
+    expected = as_choice(choose_rows(votes, keep), keep, votes.size(1))
+    assert (choice.real is None) == (expected.real is None)
+    assert choice.real is None or torch.equal(choice.real, expected.real)
+    counts = [expected.rows.size(1)] * len(votes) if keep.counts is None else keep.counts.tolist()
+    each = zip(choice.rows.tolist(), expected.rows.tolist(), counts, votes.tolist(), strict=True)
+    for found, ours, count, received in each:
+        differing = set(found[:count]) ^ set(ours[:count])
+        cut = min((received[row] for row in ours[:count] if row >= keep.protected), default=0.0)
         assert all(abs(received[row] - cut) <= 1e-3 * cut for row in differing)
 
 
@@ -204,20 +343,17 @@ def test_rows_context_and_gradients_are_those_of_the_whole_form(kind, dtype):
     allowed, real = masks(kind)
     keep = keep_for(real)
     inputs = [part.requires_grad_() for part in projections(dtype)]
-    rows, context = of_cuda(*inputs, allowed, keep)
+    choice, context = of_cuda(*inputs, allowed, keep)
     assert context.dtype == dtype
     assert context.isfinite().all()
     if KERNEL or dtype == torch.float32:  # without the kernel scores are rounded to the low precision
-        differ_at_the_cut_alone(rows, exact_votes(*(part.detach() for part in inputs[:2]), allowed, real), keep)
+        differ_at_the_cut_alone(choice, exact_votes(*(part.detach() for part in inputs[:2]), allowed, real), keep)
     # The whole form in fp32. Padding is not read, nor is a row that nothing is allowed.
     whole = [part.detach().float().requires_grad_() for part in inputs]
-    valid = rows.clamp(max=69)
-    expected = context_of_rows(attention_probabilities(*whole[:2], allowed), whole[2], valid)
-    read = torch.ones_like(rows, dtype=torch.bool)
+    expected = context_of_rows(attention_probabilities(*whole[:2], allowed), whole[2], choice.rows)
+    read = torch.ones_like(choice.rows, dtype=torch.bool) if choice.real is None else choice.real
     if allowed is not None:
-        read &= allowed.expand(3, 2, 70, 70).any(-1).all(1).gather(1, valid)
-    if keep.counts is not None:
-        read &= torch.arange(30, device=DEVICE) < keep.counts[:, None]
+        read = read & allowed.expand(3, 2, 70, 70).any(-1).all(1).gather(1, choice.rows)
     weights = torch.randn(context.shape, generator=torch.Generator().manual_seed(1)).to(DEVICE) * read[:, :, None]
     tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 8e-2, "rtol": 5e-2}
     torch.testing.assert_close(context.float() * read[:, :, None], expected * read[:, :, None], **tolerance)
@@ -232,25 +368,25 @@ def test_a_replay_keeps_to_its_rows_and_saves_the_same_tensors():
     inputs = [part.requires_grad_() for part in projections(torch.float32)]
     allowed, real = masks("window and padding")
     shapes, found = [], []
-    rows = None
+    choice = None
     for _ in range(2):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x.shape) or x, lambda x: x):
-            rows, context = of_cuda(*inputs, allowed, keep_for(real), rows)
+            choice, context = of_cuda(*inputs, allowed, keep_for(real), choice)
         shapes.append(saved)
-        found.append((rows, context))
+        found.append((choice, context))
     assert shapes[0] == shapes[1]
-    assert torch.equal(found[0][0], found[1][0])
+    assert found[0][0] is found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
 def test_dropout_is_that_of_the_context_alone():
     query, key, value = projections(torch.float32)
-    rows, context = of_cuda(query, key, value, None, Keep(30))
+    choice, context = of_cuda(query, key, value, None, Keep(30))
     again, dropped = of_cuda(query, key, value, None, Keep(30), dropout=0.5)
-    assert torch.equal(rows, again)
+    assert torch.equal(choice.rows, again.rows)
     assert not torch.allclose(context, dropped)
-    mean = sum(of_cuda(query, key, value, None, Keep(30), rows, 0.5)[1] for _ in range(300)) / 300
+    mean = sum(of_cuda(query, key, value, None, Keep(30), choice, 0.5)[1] for _ in range(300)) / 300
     assert (mean - context).norm() < 0.2 * context.norm()
 
 
@@ -262,9 +398,9 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     def layer(query, key, value, real, counts, width):
-        keep = Keep(width, counts, real)
-        rows, context = of_cuda(query, key, value, None if real is None else real[:, None, None], keep)
-        return rows, context
+        keep = Keep(width, counts, real, tokens=query.size(2))
+        choice, context = of_cuda(query, key, value, None if real is None else real[:, None, None], keep)
+        return choice.positions, context
 
     torch.compiler.reset()
     backend = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
@@ -275,9 +411,9 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
         counts = keep_for(real, n, n // 2).counts
         ours = [part.requires_grad_() for part in projections(dtype, n)]
         plain = [part.detach().clone().requires_grad_() for part in ours]
-        rows, context = compiled(*ours, real, counts, n // 2)
-        expected_rows, expected = layer(*plain, real, counts, n // 2)
-        assert torch.equal(rows, expected_rows)
+        positions, context = compiled(*ours, real, counts, n // 2)
+        expected_positions, expected = layer(*plain, real, counts, n // 2)
+        assert torch.equal(positions, expected_positions)
         torch.testing.assert_close(context, expected, **close)
         context.square().sum().backward()
         expected.square().sum().backward()
@@ -287,4 +423,5 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
     assert counted[0] == counted[-1]
     if KERNEL:
         targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
-        assert any("received" in target for target in targets)
+        for name in ("received", "choose"):
+            assert any(f"lat_optuna.{name}" in target for target in targets)

@@ -21,9 +21,16 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.model.families import ALL, KEY_VALUE, QUERY, Family, family_of, head_kind, reads_first_row
-from lat_optuna.model.plan import Choice, Pass, make_plan, restore
-from lat_optuna.model.rows import is_exporting, take_rows
-from lat_optuna.model.significance import Keep, attend_and_choose, attend_from, choose_rows, first_row_significance
+from lat_optuna.model.plan import Pass, make_plan, restore
+from lat_optuna.model.rows import Choice, is_exporting, take_rows
+from lat_optuna.model.significance import (
+    Keep,
+    as_choice,
+    attend_and_choose,
+    attend_from,
+    choose,
+    first_row_significance,
+)
 
 Mode = Literal["restore", "eliminate"]
 Significance = Literal["all", "cls"]
@@ -311,23 +318,29 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
         (batch, kept, hidden).
     """
     family, step = this.family, this.plan.steps[index]
-    real = this.real_rows(step.source)
     allowed = _allowed(layer, this, step.source, hidden)
     dropout = family.dropout(layer) if layer.training else 0.0
-    # A layer that gradient checkpointing replays keeps to its choice.
-    rows = this.choices[index].rows if index in this.choices else None
+    known = this.choices.get(index)  # a layer that gradient checkpointing replays keeps to its choice
+    keep = _keep(this, index)
     if step.first or this.by_first_row:
-        rows, context = _choose_and_attend(layer, this, index, hidden, kwargs, allowed, rows, dropout)
+        choice, context = _choose_and_attend(layer, this, index, hidden, kwargs, allowed, keep, known, dropout)
     else:
         query, key, value = family.project(layer, hidden, kwargs, ALL)
-        counts = this.plan.counts[index] if this.plan.counts is not None and step.ragged else None
-        packed = not is_exporting() and (step.source is not None or not this.plan.padded_left)
-        keep = Keep(step.width, counts, real, family.protected, packed)
-        rows, context = attend_and_choose(query, key, value, allowed, keep, rows, dropout)
-    if index not in this.choices:
-        this.choices[index] = _choice(this, index, rows, hidden.size(1))
+        choice, context = attend_and_choose(query, key, value, allowed, keep, known, dropout)
+    if known is None:
+        this.choices[index] = choice
         this.entered[index] = hidden
-    return family.finish(layer, context, take_rows(hidden, this.choices[index].rows))
+    return family.finish(layer, context, choice.of(hidden))
+
+
+def _keep(this: Pass, index: int) -> Keep:
+    """Which rows may stay in a layer."""
+    plan, step = this.plan, this.plan.steps[index]
+    counts = plan.counts[index] if plan.counts is not None and step.ragged else None
+    packed = not is_exporting() and (step.source is not None or not plan.padded_left)
+    positions = None if step.source is None else this.choices[step.source].positions
+    real = this.real_rows(step.source)
+    return Keep(step.width, counts, real, this.family.protected, packed, positions, plan.tokens)
 
 
 def _choose_and_attend(
@@ -337,32 +350,32 @@ def _choose_and_attend(
     hidden: torch.Tensor,
     kwargs: dict[str, Any],
     allowed: torch.Tensor | None,
-    rows: torch.Tensor | None,
+    keep: Keep,
+    choice: Choice | None,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Choice, torch.Tensor]:
     """Where the rows that stay are known before attention: queries, scores and context of no others."""
     family, step = this.family, this.plan.steps[index]
-    real = this.real_rows(step.source)
     query: torch.Tensor | None = None
     if family.fused:
         query, key, value = family.project(layer, hidden, kwargs, ALL)
     else:
         key, value = family.project(layer, hidden, kwargs, KEY_VALUE)
 
-    def query_of(some: torch.Tensor) -> torch.Tensor:
+    def query_of(rows: torch.Tensor, flat: torch.Tensor | None = None) -> torch.Tensor:
         if query is not None:
-            return take_rows(query.transpose(1, 2), some).transpose(1, 2)
-        return family.project(layer, take_rows(hidden, some), kwargs, QUERY)[0]
+            return take_rows(query.transpose(1, 2), rows, flat).transpose(1, 2)
+        return family.project(layer, take_rows(hidden, rows, flat), kwargs, QUERY)[0]
 
-    if rows is None:
-        rows = _first_rows(this, step.source, hidden)
-        if not step.first:
-            counts = this.plan.counts[index] if this.plan.counts is not None and step.ragged else None
+    if choice is None:
+        first = _first_rows(this, step.source, hidden)
+        if step.first:
+            choice = as_choice(first, keep, hidden.size(1))
+        else:
             with torch.no_grad():  # a replay, which does not choose again, must save the same tensors
-                votes = first_row_significance(query_of(rows), key, allowed)
-            rows = choose_rows(votes, Keep(step.width, counts, real, family.protected))
-    valid = rows.clamp(max=hidden.size(1) - 1)
-    return rows, attend_from(query_of(valid), key, value, allowed, valid, dropout)
+                votes = first_row_significance(query_of(first), key, allowed)
+            choice = choose(votes, keep)
+    return choice, attend_from(query_of(choice.rows, choice.flat), key, value, allowed, choice, dropout)
 
 
 def _first_rows(this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor:
@@ -371,15 +384,6 @@ def _first_rows(this: Pass, source: int | None, hidden: torch.Tensor) -> torch.T
     if source is None and this.plan.padded_left and this.plan.real is not None:
         rows = rows + this.plan.real.int().argmax(-1, keepdim=True)
     return rows
-
-
-def _choice(this: Pass, index: int, rows: torch.Tensor, entered: int) -> Choice:
-    plan, step = this.plan, this.plan.steps[index]
-    valid = rows.clamp(max=entered - 1)
-    positions = valid if step.source is None else this.choices[step.source].positions.gather(1, valid)
-    if plan.counts is not None and step.ragged:
-        positions = positions.masked_fill(rows == entered, plan.tokens)
-    return Choice(valid, positions)
 
 
 def _allowed(layer: Any, this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor | None:

@@ -1,8 +1,10 @@
-"""Significance on a GPU without probabilities in memory. Importing this module needs Triton, which torch's builds for
-GPUs bring.
+"""Significance on a GPU without probabilities in memory, and the choice of rows in one launch. Importing this module
+needs Triton, which torch's builds for GPUs bring.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -18,8 +20,12 @@ times as much)."""
 ROWS, KEYS, WARPS, STAGES = 64, 64, 4, 3
 """Queries and keys of a block. Fixed, as batches change their shape all the time."""
 
+LONGEST = 4096
+"""Rows of an example, of which the choice holds all at once."""
+
 # What changes from batch to batch must not compile the kernel anew, as a multiple of 16 or a 1 otherwise would.
 VARYING = ("n", "blocks", "allowed_example", "allowed_head", "allowed_query", "real_example")
+VARYING_CHOICE = ("n", "width", "protected", "tokens")
 
 
 def fits(query: torch.Tensor) -> bool:
@@ -27,6 +33,11 @@ def fits(query: torch.Tensor) -> bool:
     if query.dtype not in DTYPES or query.size(3) > LARGEST_SIZE:
         return False
     return query.device.type != "cuda" or _capable()
+
+
+def takes(votes: torch.Tensor) -> bool:
+    """Whether :func:`choose` takes such votes."""
+    return votes.size(1) <= LONGEST and (votes.device.type != "cuda" or _capable())
 
 
 @torch.compiler.assume_constant_result
@@ -211,3 +222,137 @@ def _received(  # type: ignore[no-untyped-def]  # Triton has types of its own
     for start in range(end, n, KEYS):
         columns = start + tl.arange(0, KEYS)
         tl.store(sums + columns, tl.zeros((KEYS,), tl.float32), mask=columns < n)
+
+
+Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def choose(
+    votes: torch.Tensor,
+    real: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> Chosen:
+    """What ``significance.choose_rows`` and ``as_choice`` give, in one launch. No gradient, no sort.
+
+    Args:
+        votes: (batch, rows) in fp32, up to ``LONGEST`` rows.
+        real: (batch, rows) bool; ``None`` where nothing is padding.
+        counts: (batch,) rows to keep; ``None`` where every example keeps ``width``.
+        positions: (batch, rows) positions of the rows in the input; ``None`` where the rows are the input's.
+        width: Rows to keep, of the example that keeps most.
+        protected: How many of the first real rows always stay.
+        tokens: The position of filler.
+
+    Returns:
+        ``rows``, ``positions``, ``real`` and ``flat`` of a ``Choice``; ``real`` also where nothing is filler.
+    """
+    batch, n = votes.shape
+    made = _made(votes, width)
+    block = max(128, triton.next_power_of_2(n))
+    with torch.cuda.device_of(votes):
+        _choose[(batch,)](
+            *(None if each is None else each.contiguous() for each in (votes, real, counts, positions)),
+            *made,
+            n,
+            width,
+            protected,
+            tokens,
+            BLOCK=block,
+            num_warps=min(8, block // 128),
+        )
+    return made
+
+
+def _made(votes: torch.Tensor, width: int) -> Chosen:
+    rows = votes.new_empty((votes.size(0), width), dtype=torch.int64)
+    flat = votes.new_empty(votes.size(0) * width, dtype=torch.int64)
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool), flat
+
+
+@torch.library.custom_op("lat_optuna::choose", mutates_args=())
+def choose_op(
+    votes: torch.Tensor,
+    real: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`choose` as one node of a graph."""
+    return choose(votes, real, counts, positions, width, protected, tokens)
+
+
+@choose_op.register_fake
+def _(votes: torch.Tensor, real: Any, counts: Any, positions: Any, width: int, protected: int, tokens: int) -> Chosen:
+    return _made(votes, width)
+
+
+# Rows of a table, as counts are, begin anywhere.
+@triton.jit(do_not_specialize=VARYING_CHOICE, do_not_specialize_on_alignment=("counts",))
+def _choose(  # type: ignore[no-untyped-def]  # Triton has types of its own
+    votes,
+    real,
+    counts,
+    positions,
+    to_rows,
+    to_positions,
+    to_real,
+    to_flat,
+    n,
+    width,
+    protected,
+    tokens,
+    BLOCK: tl.constexpr,
+):
+    """One example. The vote of the last row that stays is found bit by bit, by counting those that are no lower."""
+    example = tl.program_id(0).to(tl.int64)
+    rows = tl.arange(0, BLOCK)
+    inside = rows < n
+    vote = tl.load(votes + example * n + rows, mask=inside, other=0.0)
+    if real is None:
+        first = rows < protected
+    else:
+        is_real = tl.load(real + example * n + rows, mask=inside, other=0) != 0
+        vote = tl.where(is_real, vote, float("-inf"))
+        first = is_real & (tl.cumsum(is_real.to(tl.int32), 0) <= protected)
+    vote = tl.where(first, float("inf"), vote)
+    count = width
+    if counts is not None:
+        count = tl.minimum(tl.load(counts + example).to(tl.int32), width)
+
+    # Integers in the order of the votes. As in a sort, zeros are equal, and what is no number comes first.
+    vote = tl.where(vote == 0.0, 0.0, vote)
+    bits = vote.to(tl.int32, bitcast=True)
+    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    key = tl.where(vote != vote, 0x7FFFFFFF, key)
+    lowest = -0x7FFFFFFF - 1
+    key = tl.where(inside, key, lowest)
+    cut = tl.where(tl.sum((key >= 0).to(tl.int32), 0) >= count, 0, lowest)
+    for bit in range(31):
+        higher = cut + (1 << (30 - bit))
+        cut = tl.where(tl.sum((key >= higher).to(tl.int32), 0) >= count, higher, cut)
+    above = key > cut
+    level = ((key == cut) & inside).to(tl.int32)
+    missing = count - tl.sum(above.to(tl.int32), 0)
+    stays = above | ((level != 0) & (tl.cumsum(level, 0) <= missing))
+
+    if positions is None:
+        position = rows.to(tl.int64)
+    else:
+        position = tl.load(positions + example * n + rows, mask=inside, other=0)
+    start = example * width
+    place = start + tl.cumsum(stays.to(tl.int32), 0) - 1
+    tl.store(to_rows + place, rows.to(tl.int64), mask=stays)
+    tl.store(to_positions + place, position, mask=stays)
+    tl.store(to_flat + place, example * n + rows, mask=stays)
+    filler = (rows >= count) & (rows < width)
+    last = tl.zeros((BLOCK,), tl.int64) + n - 1
+    tl.store(to_rows + start + rows, last, mask=filler)
+    tl.store(to_positions + start + rows, tl.zeros((BLOCK,), tl.int64) + tokens, mask=filler)
+    tl.store(to_flat + start + rows, example * n + last, mask=filler)
+    tl.store(to_real + start + rows, rows < count, mask=rows < width)

@@ -6,12 +6,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
 from lat_optuna.length_config import MIN_LENGTH, LengthConfig
 from lat_optuna.model.families import Family
-from lat_optuna.model.rows import is_exporting, take_rows
+from lat_optuna.model.rows import Choice, is_exporting, take_rows
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,6 @@ class Plan:
     padded_left: bool = False
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The rows that a layer kept, in their original order; rows beyond an example's count are filler at the end.
-
-    Attributes:
-        rows: (batch, width) indices into the rows that entered the layer. Filler points to some valid row.
-        positions: (batch, width) positions in the input. Filler points one past its end.
-    """
-
-    rows: torch.Tensor
-    positions: torch.Tensor
-
-
 @dataclass
 class Pass:
     """One forward pass: its plan, and what the layers wrote down on the way.
@@ -82,7 +70,6 @@ class Pass:
         choices: By layer that drops.
         entered: Hidden states that entered a layer that drops, for :func:`restore`.
         by_first_row: Whether significance is the attention of the protected rows alone.
-        real: By layer that drops, what :meth:`real_rows` gave.
         masks: Masks of the rows that a layer kept, for the layers after it that drop nothing.
         groups: How many groups of shared layers ran so far (ALBERT).
     """
@@ -93,24 +80,15 @@ class Pass:
     by_first_row: bool = False
     choices: dict[int, Choice] = field(default_factory=dict)
     entered: dict[int, torch.Tensor] = field(default_factory=dict)
-    real: dict[int, torch.Tensor | None] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
     groups: int = 0
 
     def real_rows(self, source: int | None) -> torch.Tensor | None:
-        """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input); made once.
+        """(batch, width) bool: which rows are real after ``source`` dropped (``None``: in the input).
 
         ``None`` where all are.
         """
-        if source is None:
-            return self.plan.real
-        if source not in self.real:
-            step, real = self.plan.steps[source], None
-            if step.ragged and self.plan.counts is not None:
-                counts = self.plan.counts[source]
-                real = torch.arange(step.width, device=counts.device) < counts[:, None]
-            self.real[source] = real
-        return self.real[source]
+        return self.plan.real if source is None else self.choices[source].real
 
 
 def make_plan(
@@ -144,16 +122,16 @@ def make_plan(
         return _uniform(lengths, runs, layers, tokens, first_rows)
 
     real = attention_mask != 0
+    # Both that the host must know, how many rows are real and whether the first one is, in one number an example.
+    known = torch.add(real[:, 0], real.sum(-1), alpha=2).cpu()
+    padded_left = not (known & 1).all()
     # An input without a real token (a batch filled up with empty rows) counts as one token, as nothing can attend to
     # an empty set; nobody reads its result.
-    n = real.sum(-1).clamp(min=1)
+    n = (known >> 1).clamp(min=1)
     counts = n.expand(layers, -1) if config is None else _at_lengths(config, n)
-    chain = torch.stack([n, *(counts[layer] for layer in runs)])
-    falls = (chain[1:] < chain[:-1]).any(-1)
-    leading = ~real[:, :1].all()
-    summary = torch.cat([chain.amax(-1), chain.amin(-1), falls, leading.reshape(1)]).tolist()
-    size = len(runs) + 1
-    most, least, falling, padded_left = summary[:size], summary[size : 2 * size], summary[2 * size : -1], summary[-1]
+    chain = np.concatenate([n.numpy()[None], counts.numpy()[runs]])
+    falling = np.any(chain[1:] < chain[:-1], axis=1)
+    most, least = chain.max(-1).tolist(), chain.min(-1).tolist()
     step = _granularity(tokens, attention_mask.device)
     if least[0] == tokens and (step == 1 or config is None):
         kept = dict(zip(runs, most[1:], strict=True))
@@ -167,18 +145,18 @@ def make_plan(
             continue
         at = runs.index(layer)
         # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
-        drops = bool(falling[at]) or (config is not None and bool(padded_left) and at == 0)
+        drops = bool(falling[at]) or (config is not None and padded_left and at == 0)
         if drops:
             width = min(width, -(-most[at + 1] // step) * step)
             ragged = least[at + 1] < width
         steps.append(Step(True, drops, width, ragged, source))
         if drops:
             source = layer
-    # Copies, not views: a compiled graph would take a batch as large as the number of layers for a rule.
-    copies = torch.unbind_copy(counts)  # type: ignore[func-returns-value]  # torch's stub is wrong
-    left = bool(padded_left) and config is not None  # dense, row 0 is read, whatever it is
+    # Detached, they are no views: a compiled graph would take a batch as large as the number of layers for a rule.
+    by_layer = tuple(row.detach() for row in counts.to(attention_mask.device).unbind())
+    left = padded_left and config is not None  # dense, row 0 is read, whatever it is
     padded = real if least[0] < tokens else None
-    return Plan(_last(steps, runs, first_rows), tokens, padded, tuple(copies), left)  # type: ignore[arg-type]
+    return Plan(_last(steps, runs, first_rows), tokens, padded, by_layer, left)
 
 
 def _granularity(tokens: int, device: torch.device) -> int:
@@ -283,7 +261,7 @@ def restore(done: Pass, output: torch.Tensor, norm: torch.nn.Module | None = Non
     for layer, following in zip(dropping, [*dropping[1:], None], strict=True):
         positions = done.choices[layer].positions
         rows = torch.arange(offset, offset + positions.size(1), device=output.device)
-        latest = latest.scatter(1, positions, rows.expand_as(positions))
+        latest.scatter_(1, positions, rows.expand_as(positions))
         offset += positions.size(1)
         if following is not None:
             blocks.append(done.entered[following])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from lat_optuna.model.rows import is_exporting, rows_at, take_rows
+from lat_optuna.model.rows import Choice, is_exporting, rows_at, take_rows
 
 try:
     from lat_optuna.model import kernels
@@ -39,6 +39,8 @@ class Keep:
             is padding.
         protected: How many of the first real rows always stay ([CLS]; DeiT's distillation token).
         packed: Whether the real rows are known to come first.
+        positions: (batch, rows) positions of the rows in the input; ``None`` where the rows are the input's.
+        tokens: Rows of the input, the position of filler.
     """
 
     width: int
@@ -46,9 +48,11 @@ class Keep:
     real: torch.Tensor | None = None
     protected: int = 1
     packed: bool = False
+    positions: torch.Tensor | None = None
+    tokens: int = 0
 
     def of(self, examples: slice) -> Keep:
-        """The same for some of the examples."""
+        """The same for :func:`choose_rows` of some of the examples."""
         counts = None if self.counts is None else self.counts[examples]
         real = None if self.real is None else self.real[examples]
         return Keep(self.width, counts, real, self.protected, self.packed)
@@ -60,9 +64,9 @@ def attend_and_choose(
     value: torch.Tensor,
     allowed: torch.Tensor | None,
     keep: Keep,
-    rows: torch.Tensor | None = None,
+    known: Choice | None = None,
     dropout: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Choice, torch.Tensor]:
     """Every row votes, and the rows that stay attend. Probabilities are computed once, or once more for a gradient.
 
     Args:
@@ -71,25 +75,24 @@ def attend_and_choose(
         value: (batch, heads, rows, head size).
         allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
         keep: Which rows may stay.
-        rows: (batch, kept), as :func:`choose_rows` gave them in a run that is replayed now; ``None`` chooses.
+        known: The choice of a run that is replayed now; ``None`` chooses.
         dropout: Dropout on the probabilities.
 
     Returns:
-        The rows as in :func:`choose_rows`, and their context (batch, kept, heads * head size).
+        The choice, and its rows' context (batch, kept, heads * head size).
     """
     if dropout == 0 and _in_blocks(query, key):
-        if torch.is_grad_enabled():
-            chosen, context = _Blocks.apply(query, key, value, allowed, keep, rows)
-            return chosen, context
-        return _by_blocks(query, key, value, allowed, keep, rows)
+        form = _Blocks.apply if torch.is_grad_enabled() else _by_blocks
+        rows, context = form(query, key, value, allowed, keep, None if known is None else known.rows)
+        return as_choice(rows, keep, query.size(2)) if known is None else known, context
     if _by_kernel(query, key, value):
-        return _fused(query, key, value, allowed, keep, rows, dropout)
+        return _fused(query, key, value, allowed, keep, known, dropout)
     probabilities = attention_probabilities(query, key, allowed)
-    if rows is None:
+    if known is None:
         # Detached: no gradient flows through the choice, and a replay, which does not choose again, must save the
         # same tensors for its backward pass as the first run did.
-        rows = choose_rows(significance(probabilities.detach(), keep.real), keep)
-    return rows, context_of_rows(probabilities, value, rows.clamp(max=query.size(2) - 1), dropout)
+        known = choose(significance(probabilities.detach(), keep.real), keep)
+    return known, context_of_rows(probabilities, value, known.rows, dropout)
 
 
 def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> bool:
@@ -103,13 +106,16 @@ def _in_blocks(query: torch.Tensor, key: torch.Tensor) -> bool:
     return not torch.is_grad_enabled() or query.size(1) * query.size(2) * key.size(2) >= BLOCK
 
 
+def _has_kernels(tensor: torch.Tensor) -> bool:
+    """Whether kernels of ours run where a tensor lies. Graphs for export have none."""
+    if kernels is None or tensor.device.type != "cuda" or is_exporting():
+        return False
+    return torch.compiler.is_compiling() or not torch._C._get_tracing_state()
+
+
 def _by_kernel(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether the form for CUDA works and pays: in half precision. Graphs for export have no such kernels."""
-    if kernels is None or query.device.type != "cuda" or is_exporting():
-        return False
-    if not torch.compiler.is_compiling() and torch._C._get_tracing_state():
-        return False
-    return query.dtype == key.dtype == value.dtype and kernels.fits(query)
+    """Whether the form for CUDA works and pays: in half precision."""
+    return _has_kernels(query) and query.dtype == key.dtype == value.dtype and kernels.fits(query)
 
 
 def _fused(
@@ -118,21 +124,21 @@ def _fused(
     value: torch.Tensor,
     allowed: torch.Tensor | None,
     keep: Keep,
-    rows: torch.Tensor | None,
+    known: Choice | None,
     dropout: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Choice, torch.Tensor]:
     """Votes by a kernel that keeps nothing, then torch's attention for the rows that stay. fp16 and bf16.
 
     A row that is allowed nothing gets zeros here and a mean in the other forms; only padding ever is, and nobody
     reads it.
     """
-    if rows is None:
+    if known is None:
         # A graph needs the operator; outside of one, its dispatch would cost as many microseconds as the launch.
         received = kernels.received_op if torch.compiler.is_compiling() else kernels.received
-        rows = choose_rows(received(query.detach(), key.detach(), allowed, keep.real), keep)
-    valid = rows.clamp(max=query.size(2) - 1)
-    kept = take_rows(query.transpose(1, 2), valid).transpose(1, 2)
-    return rows, attend_from(kept, key, value, allowed, valid, dropout)
+        known = choose(received(query.detach(), key.detach(), allowed, keep.real), keep)
+    # Heads last, queries are rows of the projection as it lies in memory.
+    kept = known.of(query.transpose(1, 2)).transpose(1, 2)
+    return known, attend_from(kept, key, value, allowed, known, dropout)
 
 
 def attend_from(
@@ -140,7 +146,7 @@ def attend_from(
     key: torch.Tensor,
     value: torch.Tensor,
     allowed: torch.Tensor | None,
-    rows: torch.Tensor,
+    choice: Choice,
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Torch's attention from some rows to all.
@@ -150,7 +156,7 @@ def attend_from(
         key: (batch, heads, rows, head size).
         value: (batch, heads, rows, head size).
         allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
-        rows: (batch, kept) indices.
+        choice: These rows.
         dropout: Dropout on the probabilities.
 
     Returns:
@@ -158,7 +164,7 @@ def attend_from(
     """
     if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
         by_row = allowed.expand(query.size(0), -1, -1, -1).transpose(1, 2)
-        allowed = take_rows(by_row, rows).transpose(1, 2)
+        allowed = choice.of(by_row).transpose(1, 2)
     context = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=dropout)
     return context.transpose(1, 2).flatten(2)
 
@@ -304,6 +310,28 @@ def significance(probabilities: torch.Tensor, real: torch.Tensor | None) -> torc
     if real is not None:
         received = received.masked_fill(~real[:, :, None], 0.0)
     return received.sum(1)
+
+
+def choose(votes: torch.Tensor, keep: Keep) -> Choice:
+    """:func:`choose_rows` and :func:`as_choice`, on a GPU in one launch."""
+    if not _has_kernels(votes) or not kernels.takes(votes):
+        return as_choice(choose_rows(votes, keep), keep, votes.size(1))
+    # In a graph too: inductor fuses what is around a sort but not the sort, which is several launches.
+    kernel = kernels.choose_op if torch.compiler.is_compiling() else kernels.choose
+    rows, positions, real, flat = kernel(
+        votes.detach(), keep.real, keep.counts, keep.positions, keep.width, keep.protected, keep.tokens
+    )
+    return Choice(rows, positions, None if keep.counts is None else real, flat)
+
+
+def as_choice(rows: torch.Tensor, keep: Keep, entered: int) -> Choice:
+    """The rows of :func:`choose_rows`, of ``entered`` ones, with their positions."""
+    valid = rows.clamp(max=entered - 1)
+    positions = valid if keep.positions is None else keep.positions.gather(1, valid)
+    if keep.counts is None:
+        return Choice(valid, positions)
+    real = rows < entered
+    return Choice(valid, torch.where(real, positions, keep.tokens), real)
 
 
 def choose_rows(votes: torch.Tensor, keep: Keep) -> torch.Tensor:

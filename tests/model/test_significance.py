@@ -108,13 +108,14 @@ def test_in_blocks_the_same_rows_stay_and_attend_as_in_the_whole_batch(monkeypat
     allowed = real[:, None, None] if masked else None
     # Scores of low precision are rounded in the one form and not in the other: the same numbers in both.
     query, key = query.float(), key.float()
-    rows, context = attend_and_choose(query, key, value.float(), allowed, keep)
+    choice, context = attend_and_choose(query, key, value.float(), allowed, keep)
     with torch.no_grad():
-        rows_in_blocks, context_in_blocks = attend_and_choose(query, key, value.float(), allowed, keep)
+        choice_in_blocks, context_in_blocks = attend_and_choose(query, key, value.float(), allowed, keep)
         low = attend_and_choose(query.to(dtype), key.to(dtype), value, allowed, keep)
-    assert torch.equal(rows, rows_in_blocks)
+    assert torch.equal(choice.rows, choice_in_blocks.rows)
     torch.testing.assert_close(context, context_in_blocks)
-    assert torch.equal(rows, low[0])  # query and key are numbers of the low precision: it loses nothing on the scores
+    # Query and key are numbers of the low precision: it loses nothing on the scores.
+    assert torch.equal(choice.rows, low[0].rows)
     assert low[1].dtype == dtype
     torch.testing.assert_close(low[1].float(), context, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
 
@@ -126,9 +127,9 @@ def test_the_fast_forms_keep_what_the_reference_keeps(monkeypatch, dtype):
     for seed in range(5):
         query, key, value = heads(3, 40, seed, dtype)
         exact = attention_probabilities(query.float(), key.float(), None)
-        whole = attend_and_choose(query, key, value, None, Keep(25))[0]
+        whole = attend_and_choose(query, key, value, None, Keep(25))[0].rows
         with torch.no_grad():
-            fast = attend_and_choose(query, key, value, None, Keep(25))[0]
+            fast = attend_and_choose(query, key, value, None, Keep(25))[0].rows
         for example in range(3):
             received = torch.tensor(reference_significance(exact[example]))
             expected = reference_rows(exact[example], 25)
@@ -156,14 +157,12 @@ def test_gradients_in_blocks_are_those_of_the_whole_batch(monkeypatch, probabili
     for size in (2**30, probabilities):
         blocks(monkeypatch, size)
         inputs = [part.requires_grad_() for part in heads(5, 20, 4)]
-        rows = attend_and_choose(*inputs, allowed, keep)[0] if replayed else None
-        if rows is not None and keep.counts is not None:  # as a replayed layer gives them: filler points somewhere
-            rows = rows.clamp(max=19)
-        rows, context = attend_and_choose(*inputs, allowed, keep, rows)
+        known = attend_and_choose(*inputs, allowed, keep)[0] if replayed else None
+        choice, context = attend_and_choose(*inputs, allowed, keep, known)
         if keep.counts is not None:  # nobody reads filler
             context = context * (torch.arange(8) < keep.counts[:, None])[:, :, None]
         (context * torch.randn(context.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        found[size] = [rows.clamp(max=19), context.detach(), *(part.grad for part in inputs)]
+        found[size] = [choice.rows, context.detach(), *(part.grad for part in inputs)]
     for ours, expected in zip(found[probabilities], found[2**30], strict=True):
         torch.testing.assert_close(ours, expected)
 
