@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     spec = load_spec(arguments.study, arguments.set)
     split = spec.search_split
