@@ -16,13 +16,17 @@ import argparse
 import json
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import optuna
 from landscapes import Emulated, Measured
+from transformers import BertConfig
 
+from lat_optuna.flops import Architecture
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.evaluator import StandInEvaluator
 from lat_optuna.search.foreign import make_plan
@@ -214,21 +218,32 @@ def reach(arguments: argparse.Namespace) -> None:
 
 
 def ask(arguments: argparse.Namespace) -> None:
-    """Milliseconds of a proposal after so many finished trials of the stand-in, 12 layers."""
-    evaluator = StandInEvaluator(12, 128)
+    """Milliseconds of a proposal after so many finished trials of the stand-in.
+
+    Costs are those of BERT-base's 12 layers on inputs of 300 different lengths, as a search asks for them.
+    """
+    evaluator = StandInEvaluator(12, 384)
+    architecture = Architecture.of(BertConfig(architectures=["BertForQuestionAnswering"]))
+    counts = Counter(range(85, 385))
+    dense = architecture.mean_flops(None, counts)
+
+    @cache
+    def cost(config: LengthConfig) -> float:
+        return architecture.mean_flops(config, counts) / dense
+
     print("| finished trials | ours | paper |\n|---|---|---|")
     for count in arguments.counts:
         cells = []
         for sampler in ("default", "paper"):
-            plan = make_plan(sampler, num_layers=12, max_length=128, p=0.2, cost=evaluator.cost)
+            plan = make_plan(sampler, num_layers=12, max_length=384, p=0.2, cost=cost)
             seen, taken = Fronts(plan), set()
-            drawn = SearchPlan(12, 128, p=0.2, cost=evaluator.cost)
+            drawn = SearchPlan(12, 384, p=0.2, cost=cost)
             for slot in range(count):
                 proposal = drawn.choose(slot, Fronts(drawn), taken)
                 assert proposal is not None
                 taken.add(proposal.config.lengths)
                 value = evaluator.evaluate(proposal.config)
-                seen.add(Candidate(slot, slot, proposal.config, value.metric, value.cost))
+                seen.add(Candidate(slot, slot, proposal.config, value.metric, cost(proposal.config)))
             times = []
             for slot in range(count, count + 20):
                 start = time.perf_counter()
@@ -237,7 +252,7 @@ def ask(arguments: argparse.Namespace) -> None:
                 assert proposal is not None
                 taken.add(proposal.config.lengths)
                 value = evaluator.evaluate(proposal.config)
-                seen.add(Candidate(slot, slot, proposal.config, value.metric, value.cost))
+                seen.add(Candidate(slot, slot, proposal.config, value.metric, cost(proposal.config)))
             cells.append(f"{statistics.median(times):.1f} (mean {statistics.mean(times):.1f})")
         print(f"| {count} | {' | '.join(cells)} |", flush=True)
 
