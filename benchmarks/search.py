@@ -159,20 +159,31 @@ def table(arguments: argparse.Namespace) -> None:
                 print(f"| {LABELS.get(sampler, sampler)} | {' | '.join(cells)} | {', '.join(seeds)} |")
     if arguments.picture:
         figure = make_subplots(1, len(states), subplot_titles=[f"{s['landscape']}, {s['metric']}" for s in states])
+        named: set[str] = set()
         for column, state in enumerate(states, start=1):
+            shown = []
             for index, sampler in enumerate(SAMPLERS):
                 counts = [n for n in range(10, 1801, 10) if sampler in figures(state, n)]
                 mean = [statistics.mean(figures(state, n)[sampler][0]) for n in counts]
+                shown += [area for n, area in zip(counts, mean, strict=True) if n >= 40]
                 color = f"hsl({index * 51}, 70%, 45%)"
-                label = LABELS.get(sampler, sampler)
                 line = go.Scatter(
-                    x=counts, y=mean, name=label, legendgroup=sampler, line_color=color, showlegend=column == 1
+                    x=counts,
+                    y=mean,
+                    mode="lines",
+                    name=LABELS.get(sampler, sampler),
+                    legendgroup=sampler,
+                    line_color=color,
+                    showlegend=bool(counts) and sampler not in named,
                 )
+                named |= {sampler} if counts else set()
                 figure.add_trace(line, 1, column)
             figure.update_xaxes(title="evaluations", type="log", row=1, col=column)
+            room = 0.05 * (max(shown) - min(shown))
+            figure.update_yaxes(range=[min(shown) - room, max(shown) + room], row=1, col=column)
         figure.update_yaxes(title="area under the front, mean over seeds", row=1, col=1)
         figure.update_layout(width=520 * len(states), height=420, template="plotly_white")
-        figure.write_image(arguments.picture)
+        figure.write_image(arguments.picture, scale=1.4)
 
 
 def first_with(trials: Sequence[Sequence[Any]], low: float, target: float) -> int | None:

@@ -216,19 +216,19 @@ class QuestionAnswering:
         import numpy as np
 
         made = self._split(split)
-        texts: dict[int, str] = {}
+        texts = {int(made.examples[row]): "" for row in features}
+        inside = [np.flatnonzero(made.offsets[row][:, 0] >= 0) for row in features]
+        # The context's logits of all features as one array: padded to the longest, where nothing begins or ends.
+        starts = np.full((len(inside), max(map(len, inside), default=0)), -np.inf, np.float32)
+        ends = starts.copy()
+        for index, (context, logits) in enumerate(zip(inside, predictions, strict=True)):
+            starts[index, : len(context)], ends[index, : len(context)] = logits[:, context]
         best: dict[int, float] = {}
-        for row, (starts, ends) in zip(features, predictions, strict=True):
+        for row, context, start, end, score in zip(features, inside, *best_spans(starts, ends), strict=True):
             example, offsets = int(made.examples[row]), made.offsets[row]
-            texts.setdefault(example, "")
-            inside = np.flatnonzero(offsets[:, 0] >= 0)
-            if not len(inside):
-                continue
-            first, last = inside[0], inside[-1] + 1
-            start, end, score = best_span(starts[first:last], ends[first:last])
             if score > best.get(example, -np.inf):
                 best[example] = score
-                texts[example] = made.contexts[example][offsets[first + start, 0] : offsets[first + end, 1]]
+                texts[example] = made.contexts[example][offsets[context[start], 0] : offsets[context[end], 1]]
         return texts
 
     def fingerprint(self, split: Split) -> str:
@@ -310,25 +310,33 @@ class QuestionAnswering:
         ]
 
 
-def best_span(starts: np.ndarray, ends: np.ndarray, longest: int = LONGEST_ANSWER) -> tuple[int, int, float]:
-    """The span ``start <= end < start + longest`` with the highest ``starts[start] + ends[end]``, and that sum.
+def best_spans(
+    starts: np.ndarray, ends: np.ndarray, longest: int = LONGEST_ANSWER
+) -> tuple[list[int], list[int], list[float]]:
+    """Of each row the span ``start <= end < start + longest`` with the highest ``starts[start] + ends[end]``.
 
-    All spans are looked at: what BERT's script finds with an n-best list that is long enough.
+    All spans are looked at: what BERT's script finds with an n-best list that is long enough. Of equal ones the
+    shortest counts, then the first.
 
     Args:
-        starts: Logits ``[n]``, ``n >= 1``.
-        ends: Logits ``[n]``.
+        starts: Logits ``[rows, n]``; ``-inf`` where no span may begin.
+        ends: Logits ``[rows, n]``, likewise.
         longest: Most tokens of an answer.
+
+    Returns:
+        Starts, ends and sums, one a row; 0, 0 and ``-inf`` where a row has no span.
     """
     import numpy as np
 
-    best = (0, 0, -np.inf)
-    for more in range(min(longest, len(starts))):
-        sums = starts[: len(starts) - more] + ends[more:]
-        start = int(sums.argmax())
-        if sums[start] > best[2]:
-            best = (start, start + more, float(sums[start]))
-    return best
+    rows, n = starts.shape
+    start, more, score = np.zeros(rows, np.int64), np.zeros(rows, np.int64), np.full(rows, -np.inf)
+    for length in range(min(longest, n)):
+        sums = starts[:, : n - length] + ends[:, length:]
+        first = sums.argmax(1)
+        highest = sums[np.arange(rows), first]
+        better = highest > score
+        start[better], more[better], score[better] = first[better], length, highest[better]
+    return start.tolist(), (start + more).tolist(), score.tolist()
 
 
 def exact_match(prediction: str, answer: str) -> float:

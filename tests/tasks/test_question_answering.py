@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_text import questions, tiny_checkpoint, tiny_tokenizer, write_parquet
 from transformers.modeling_outputs import QuestionAnsweringModelOutput
 
-from lat_optuna.tasks.question_answering import QuestionAnswering, best_span, exact_match, f1, normalise
+from lat_optuna.tasks.question_answering import QuestionAnswering, best_spans, exact_match, f1, normalise
 
 
 @pytest.fixture(scope="module")
@@ -67,12 +67,21 @@ def test_the_official_metric(prediction, answer, em, score):
 def test_the_best_span_is_the_best_of_all(data):
     n = data.draw(st.integers(1, 12))
     logits = st.lists(st.floats(-5, 5, width=32), min_size=n, max_size=n)
-    starts, ends = np.array(data.draw(logits)), np.array(data.draw(logits))
+    rows = data.draw(st.lists(st.tuples(logits, logits, st.integers(0, n)), min_size=1, max_size=3))
+    starts, ends = (np.array([row[which] for row in rows], np.float32) for which in (0, 1))
+    for values in (starts, ends):
+        for row, (_, _, context) in zip(values, rows, strict=True):
+            row[context:] = -np.inf
     longest = data.draw(st.integers(1, 14))
-    start, end, score = best_span(starts, ends, longest)
-    assert start <= end < min(n, start + longest)
-    assert score == starts[start] + ends[end]
-    assert score == max(starts[i] + ends[j] for i in range(n) for j in range(i, min(n, i + longest)))
+    for row, start, end, score in zip(range(len(rows)), *best_spans(starts, ends, longest), strict=True):
+        context = rows[row][2]
+        if not context:
+            assert (start, end, score) == (0, 0, -np.inf)
+            continue
+        spans = [(i, j) for i in range(context) for j in range(i, min(context, i + longest))]
+        sums = {(i, j): starts[row, i] + ends[row, j] for i, j in spans}
+        assert (start, end) == min(spans, key=lambda span: (-sums[span], span[1] - span[0], span[0]))
+        assert score == sums[start, end]
 
 
 def test_right_positions_score_full_marks(task):
