@@ -223,7 +223,7 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(dense)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(names, args, strict=False)), **kwargs}
-        this = _begin(self, arguments)
+        this = _begin(self, arguments, torch.compiler.is_compiling())
         if this is None:
             return dense(self, *args, **kwargs)
         as_tuple = not _option(self.config, arguments, "return_dict", True)
@@ -239,7 +239,7 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
 # Planning reads a context variable and, with a mask, the device: compiled regions begin after it. What follows depends
 # on which layers drop, but its numbers are symbols there: configurations with one pattern share one graph.
 @torch.compiler.disable
-def _begin(base: Any, arguments: Mapping[str, Any]) -> Pass | None:
+def _begin(base: Any, arguments: Mapping[str, Any], compiling: bool) -> Pass | None:
     """The plan of this forward pass; ``None`` where it is dense."""
     config, skipped = _overrides.get().get(id(base), (base._length_config, frozenset()))
     economical = base._length_last_layer == "cls"
@@ -249,7 +249,8 @@ def _begin(base: Any, arguments: Mapping[str, Any]) -> Pass | None:
     family = family_of(base.config)
     tokens = family.tokens(base, arguments)
     first_rows = family.protected if economical else 0
-    plan = make_plan(config, skipped, _layer_count(base), tokens, arguments.get("attention_mask"), first_rows)
+    mask = arguments.get("attention_mask")
+    plan = make_plan(config, skipped, _layer_count(base), tokens, mask, first_rows, compiling)
     return Pass(plan, family, base.config, base._length_significance == "cls")
 
 

@@ -98,6 +98,7 @@ def make_plan(
     tokens: int,
     attention_mask: torch.Tensor | None,
     first_rows: int = 0,
+    compiling: bool = False,
 ) -> Plan:
     """Count every example's rows in every layer.
 
@@ -109,6 +110,8 @@ def make_plan(
         tokens: Rows of the input, padding included.
         attention_mask: (batch, tokens), zero where an input is padding; ``None`` where nothing is.
         first_rows: If not 0, the last layer that runs gives so many first rows, whatever the configuration says.
+        compiling: Whether a graph is made or run. All layers of a padded batch count as ragged then: lengths that
+            meet in some layer would be a graph of their own.
 
     Returns:
         The plan. With an attention mask the device is synchronised once, else never. Under ``torch.export`` the
@@ -148,7 +151,7 @@ def make_plan(
         drops = bool(falling[at]) or (config is not None and padded_left and at == 0)
         if drops:
             width = min(width, -(-most[at + 1] // step) * step)
-            ragged = least[at + 1] < width
+            ragged = compiling or least[at + 1] < width
         steps.append(Step(True, drops, width, ragged, source))
         if drops:
             source = layer

@@ -496,6 +496,27 @@ def test_compiled_the_encoder_is_one_graph_for_all_configurations_with_one_patte
     torch._dynamo.reset()
 
 
+def test_compiled_lengths_that_meet_in_some_layer_are_no_graph_of_their_own(monkeypatch):
+    monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)
+    torch._dynamo.reset()
+    model, graphs = adapt(CASES["BertForSequenceClassification"].build()), _Graphs()
+    compiled = torch.compile(model, backend=graphs, dynamic=True)
+    first = None
+    # The shorter example keeps fewer rows in all layers, in the first two, and in none.
+    for lengths, ns in (
+        ((30, 20, 10), (40, 20)),
+        ((30, 20, 6), (40, 38)),
+        ((31, 9, 6), (40, 39)),
+    ):
+        model.length_config = LengthConfig(lengths, 40)
+        batch = inputs_for(model, ns)
+        with torch.no_grad():
+            assert_close(results(model, compiled(**batch), ns), results(model, model(**batch), ns))
+        first = first or len(graphs.found)
+    assert len(graphs.found) == first
+    torch._dynamo.reset()
+
+
 # -------------------------------------------------------------------------------------------------- bad input
 
 
