@@ -89,12 +89,8 @@ def received(
     return sums.sum(1)
 
 
-@torch.library.custom_op("lat_optuna::received", mutates_args=())
-def received_op(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
-) -> torch.Tensor:
-    """:func:`received` as one node of a graph."""
-    return received(query, key, allowed, real)
+received_op = torch.library.custom_op("lat_optuna::received", received, mutates_args=())
+""":func:`received` as one node of a graph."""
 
 
 @received_op.register_fake
@@ -273,18 +269,8 @@ def _made(votes: torch.Tensor, width: int) -> Chosen:
     return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool), flat
 
 
-@torch.library.custom_op("lat_optuna::choose", mutates_args=())
-def choose_op(
-    votes: torch.Tensor,
-    real: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    width: int,
-    protected: int,
-    tokens: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`choose` as one node of a graph."""
-    return choose(votes, real, counts, positions, width, protected, tokens)
+choose_op = torch.library.custom_op("lat_optuna::choose", choose, mutates_args=())
+""":func:`choose` as one node of a graph."""
 
 
 @choose_op.register_fake
