@@ -1,8 +1,9 @@
 """Proposals that a surrogate of the metric has screened: the search's default, beside the paper's (section 3.2).
 
 What a configuration costs is known by arithmetic; what it scores is not, but changes little from one configuration to
-its neighbours. So a slot draws a pool of moves from the front, and evaluates the one of which a Gaussian process
-of the finished trials expects the most: the largest expected gain of the area under the front.
+its neighbours. So a slot draws a parent from the front, as the paper does, but a hundred children of it, and evaluates
+the one of which a Gaussian process of the finished trials expects the most: the largest expected gain of the area under
+the front. (Children of all parents at once would do worse: what the process believes in lies close together.)
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ import numpy as np
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.plan import Candidate, Fronts, ParetoFront, Proposal, SearchPlan
 
-POOL = 200
-"""Candidates a slot. More help a little in the first 30 trials, and not later."""
+POOL = 100
+"""Children of the parent that a slot looks at."""
 MUTATED = 0.8
-"""Share of the pool that the paper's mutation draws."""
-MOST_OBSERVATIONS = 400
-"""Trials that the process is fitted to: those nearest to the front. Keeps the time of a proposal flat."""
-SCALES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
-"""Distances, in units of ``max_length``, over which the metric may change; the likelihood chooses."""
+"""Share of them that the paper's mutation draws."""
+MOST_OBSERVATIONS = 1000
+"""Trials that the process is fitted to: keeps the time of a proposal flat."""
+SCALES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 2.0)
+"""Distances over which the metric may change, see :func:`_distance`; the likelihood chooses."""
 NUGGETS = (1e-4, 1e-2, 1e-1)
 """Shares of the variation that neighbours do not have in common; the likelihood chooses."""
-LIKELIHOOD_OBSERVATIONS = 128
+LIKELIHOOD_OBSERVATIONS = 256
 """Trials that scale and nugget are chosen by, spread evenly over those that the process is fitted to."""
+NEIGHBOURHOOD = 1 / 12
+"""Distance from which trials tell how far off the process is at a place, and"""
+PRIOR_TRIALS = 3
+"""how many such trials the average of all counts for."""
 RIDGE = 1e-3
 DIGITS = 9
 """Expected gains are compared to so many decimals, so that rounding in another machine's BLAS decides nothing."""
@@ -41,10 +46,10 @@ class ScreenedPlan(SearchPlan):
     """A small initial population, then small generations of configurations that a surrogate has screened.
 
     Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
-    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` moves from the front of earlier
-    generations: the paper's mutation, or a step of one to three layers. Configurations of the same generation that are
-    running or finished count as evaluated, with what the surrogate expects of them: so that slots do not crowd, and a
-    proposal stays a function of (seed, slot, visible trials).
+    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` children of a random member of the
+    front of earlier generations: by the paper's mutation, or a step of one to three layers. Configurations of the same
+    generation that are running or finished count as evaluated, with what the surrogate expects of them: so that slots
+    do not crowd, and a proposal stays a function of (seed, slot, visible trials).
 
     With further objectives each slot weighs them and the cost against each other in its own way, at random.
     """
@@ -78,10 +83,11 @@ class ScreenedPlan(SearchPlan):
             return self.propose(slot, (), taken)
         rng = random.Random(f"{self.seed}/{slot}/screened")
         parents = seen.before(generation)
-        pool = self._pool(parents, taken, rng)
-        if not pool:
+        # Where all children of one parent have been evaluated, it is the next one's turn.
+        families = ((parent, self._children(parent, taken, rng)) for parent in rng.sample(parents, len(parents)))
+        parent, configs = next((family for family in families if family[1]), (None, []))
+        if parent is None:
             return self.propose(slot, parents, taken)
-        configs = [config for config, _ in pool]
         later = (one.config for one in seen.later(generation))
         pending = sorted({*later, *running}, key=lambda config: config.lengths)
         surrogate = self._surrogate(seen, generation, parents)
@@ -101,24 +107,18 @@ class ScreenedPlan(SearchPlan):
         floor = min(one.metric for one in finished)
         gains = expected_gain(front.members, mean[new, 0], deviation[new], np.array(prices[new]), highest, floor)
         best = int(np.argmax(np.round(gains / (gains.max() or 1.0), DIGITS)))
-        config, parent = pool[best]
-        return Proposal(config, generation, "screened", (parent.number,))
+        return Proposal(configs[best], generation, "screened", (parent.number,))
 
-    def _pool(
-        self, parents: Sequence[Candidate], taken: Container[tuple[int, ...]], rng: random.Random
-    ) -> list[tuple[LengthConfig, Candidate]]:
-        pool: dict[tuple[int, ...], tuple[LengthConfig, Candidate]] = {}
+    def _children(self, parent: Candidate, taken: Container[tuple[int, ...]], rng: random.Random) -> list[LengthConfig]:
+        found: dict[tuple[int, ...], LengthConfig] = {}
         for _ in range(4 * POOL):
-            parent = rng.choice(parents)
-            if rng.random() < MUTATED:
-                config = parent.config.mutate(self.mutation_prob, rng)
-            else:
-                config = self._step(parent.config, rng)
-            if config.lengths not in taken and config.lengths not in pool and self.allows(config):
-                pool[config.lengths] = config, parent
-                if len(pool) == POOL:
+            mutated = rng.random() < MUTATED
+            config = parent.config.mutate(self.mutation_prob, rng) if mutated else self._step(parent.config, rng)
+            if config.lengths not in taken and config.lengths not in found and self.allows(config):
+                found[config.lengths] = config
+                if len(found) == POOL:
                     break
-        return list(pool.values())
+        return list(found.values())
 
     def _step(self, config: LengthConfig, rng: random.Random) -> LengthConfig:
         """One to three layers keep up to a third more or less; their neighbours give way."""
@@ -147,7 +147,8 @@ class ScreenedPlan(SearchPlan):
         return lambda cost, further: float(weights @ ((np.array([cost, *further]) - low) / width))
 
     def _surrogate(self, seen: Fronts, generation: int, front: Sequence[Candidate]) -> Surrogate:
-        """Fitted to the trials of earlier generations, or to those of them that lie nearest to the front.
+        """Fitted to the trials of earlier generations. Of very many, to those nearest to the front and as many others:
+        what has turned out bad tells where not to look.
 
         The slots of a generation share it: it is fitted again when more trials of earlier ones have become visible.
         """
@@ -166,7 +167,11 @@ class ScreenedPlan(SearchPlan):
                 place = bisect.bisect_right(costs, one.cost)
                 return (best[place - 1] if place else best[0]) - one.metric
 
-            finished = sorted(finished, key=lambda one: (distance(one), one.slot))[:MOST_OBSERVATIONS]
+            nearest = sorted(finished, key=lambda one: (distance(one), one.slot))
+            half = MOST_OBSERVATIONS // 2
+            rest = sorted(nearest[half:], key=lambda one: one.slot)
+            spread = (rest[index * (len(rest) - 1) // (half - 1)] for index in range(half))
+            finished = [*nearest[:half], *spread]
         values = np.array([(one.metric, *one.further) for one in finished])
         surrogate = Surrogate(self._shares([one.config for one in finished]), values)
         seen.notes.update({"fitted to": count, "surrogate": surrogate})
@@ -176,8 +181,12 @@ class ScreenedPlan(SearchPlan):
 class Surrogate:
     """A Gaussian process of the metric over kept shares: a trend, and what neighbours have in common.
 
-    The trend is quadratic in every layer. The kernel falls as ``exp(-distance)``: what counts right answers changes by
+    The trend is linear in every layer. The kernel falls as ``exp(-distance)``: what counts right answers changes by
     single examples, so that two configurations differ in proportion to their distance however near they are.
+
+    Where little is dropped, the metric hardly changes, and where much is, it changes wildly. So the process's standard
+    deviation is multiplied by how far off it is nearby: the root of the mean squared error, in its own standard
+    deviations, at trials near by that it would have foreseen from all others (leave-one-out).
 
     Args:
         x: Kept shares, shape ``(n, L)``.
@@ -187,14 +196,20 @@ class Surrogate:
     def __init__(self, x: np.ndarray, y: np.ndarray) -> None:
         self._mean, self._unit = y.mean(0), y.std(0) + 1e-9
         y = (y - self._mean) / self._unit
-        some = slice(None, None, -(-len(x) // LIKELIHOOD_OBSERVATIONS))
-        fits = (_Fit(x[some], y[some], scale, nugget) for scale, nugget in itertools.product(SCALES, NUGGETS))
+        distance, some = _distance(x, x), slice(None, None, -(-len(x) // LIKELIHOOD_OBSERVATIONS))
+        part = x[some], y[some], distance[some, some]
+        fits = (_Fit(*part, scale, nugget) for scale, nugget in itertools.product(SCALES, NUGGETS))
         best = max(fits, key=lambda fit: round(fit.likelihood, 6))
-        self._fit = best if len(best.x) == len(x) else _Fit(x, y, best.scale, best.nugget)
+        self._fit = best if len(best.x) == len(x) else _Fit(x, y, distance, best.scale, best.nugget)
+        self._surprises = self._fit.surprises()
 
     def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Expected values, shape ``(m, 1 + k)``, and the standard deviation of the metric, shape ``(m,)``."""
-        mean, deviation = self._fit.predict(x)
+        distance = _distance(x, self._fit.x)
+        mean, deviation = self._fit.predict(x, distance)
+        near = np.exp(-distance / NEIGHBOURHOOD)
+        surprise = near @ self._surprises + PRIOR_TRIALS * self._surprises.mean()
+        deviation = deviation * np.sqrt(surprise / (near.sum(1) + PRIOR_TRIALS))
         return mean * self._unit + self._mean, deviation * self._unit[0]
 
 
@@ -205,9 +220,9 @@ class _Fit:
         likelihood: Logarithm of the first value's likelihood, up to a constant.
     """
 
-    def __init__(self, x: np.ndarray, y: np.ndarray, scale: float, nugget: float) -> None:
+    def __init__(self, x: np.ndarray, y: np.ndarray, distance: np.ndarray, scale: float, nugget: float) -> None:
         self.x, self.scale, self.nugget = x, scale, nugget
-        kernel, trend = np.exp(-_distance(x, x) / scale), _trend(x)
+        kernel, trend = np.exp(-distance / scale), _trend(x)
         factor = np.linalg.cholesky(kernel + (nugget + 1e-8) * np.eye(len(x)))
         self._inverse = np.linalg.inv(factor)
         self._whitened, white = self._inverse @ trend, self._inverse @ y
@@ -219,8 +234,17 @@ class _Fit:
         self._variance = (rest[:, 0] @ rest[:, 0] + RIDGE * own @ own) / len(x) + 1e-9
         self.likelihood = -0.5 * len(x) * math.log(self._variance) - np.log(np.diag(factor)).sum()
 
-    def predict(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        kernel, trend = np.exp(-_distance(x, self.x) / self.scale), _trend(x)
+    def surprises(self) -> np.ndarray:
+        """Squared error of the first value at each trial, foreseen from all others, over its variance; shape ``(n,)``.
+
+        Without a fit for each: see Rasmussen & Williams, Gaussian Processes for Machine Learning, section 5.4.2.
+        """
+        half = self._inverse.T @ self._whitened
+        precision = (self._inverse**2).sum(0) - ((half @ self._normal) * half).sum(1)
+        return self._alpha[:, 0] ** 2 / (precision * self._variance)
+
+    def predict(self, x: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        kernel, trend = np.exp(-distance / self.scale), _trend(x)
         mean = trend @ self._weights + kernel @ self._alpha
         explained = kernel @ self._inverse.T
         beyond = trend - explained @ self._whitened
@@ -262,8 +286,12 @@ def _normal_cdf(z: np.ndarray) -> np.ndarray:
 
 
 def _trend(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([np.ones((len(x), 1)), x, x * x], 1)
+    return np.concatenate([np.ones((len(x), 1)), x], 1)
 
 
 def _distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.sqrt(((a[:, None] - b[None]) ** 2).sum(-1))
+    """How much the kept shares of a layer differ on average, shape ``(len(a), len(b))``."""
+    total = np.zeros((len(a), len(b)))
+    for layer in range(a.shape[1]):
+        total += np.abs(a[:, layer, None] - b[None, :, layer])
+    return total / a.shape[1]

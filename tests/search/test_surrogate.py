@@ -17,7 +17,7 @@ from lat_optuna.search.front import auc
 from lat_optuna.search.plan import Candidate, Fronts, ParetoFront
 from lat_optuna.search.sampler import LengthConfigSampler
 from lat_optuna.search.study import Ledger, WorkerId, _describe, plan_of
-from lat_optuna.search.surrogate import MOST_OBSERVATIONS, ScreenedPlan, Surrogate, expected_gain
+from lat_optuna.search.surrogate import MOST_OBSERVATIONS, ScreenedPlan, Surrogate, _Fit, expected_gain
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -123,19 +123,22 @@ def test_a_small_space_is_drawn_to_the_last_configuration_and_then_ends():
     assert plan.choose(len(within), seen, taken) is None
 
 
-def test_many_trials_are_fitted_by_those_near_the_front(monkeypatch):
-    rng, seen = random.Random(0), Fronts(PLAN)
+def test_many_trials_are_fitted_by_those_near_the_front_and_by_others(monkeypatch):
+    rng, seen, good, bad = random.Random(0), Fronts(PLAN), set(), set()
     for slot in range(MOST_OBSERVATIONS + 120):
         config = LengthConfig.length_drop(0.3, 6, 128, rng)
-        good = EVALUATOR.evaluate(config).metric - 20 * (slot % 5 == 4)  # every fifth is hopeless
-        seen.add(Candidate(slot, slot, config, good, EVALUATOR.cost(config)))
+        hopeless = slot % 3 > 0
+        metric = EVALUATOR.evaluate(config).metric - 20 * hopeless
+        (bad if hopeless else good).add(metric)
+        seen.add(Candidate(slot, slot, config, metric, EVALUATOR.cost(config)))
     fitted = []
     monkeypatch.setattr(surrogate, "Surrogate", lambda x, y: fitted.append(y) or Surrogate(x, y))
     first, second = (PLAN.choose(MOST_OBSERVATIONS + 120 + more, seen, set()) for more in (1, 2))
     assert first.config != second.config
     (y,) = fitted  # once for both
     assert len(y) == MOST_OBSERVATIONS
-    assert y.min() > 75
+    assert good <= set(y[:, 0])  # no more than the half that lie nearest
+    assert len(bad & set(y[:, 0])) > MOST_OBSERVATIONS / 2
 
 
 def test_with_a_third_objective_both_prices_are_searched():
@@ -228,6 +231,36 @@ def test_the_surrogate_knows_what_it_was_told_and_how_well_it_knows_the_rest():
     assert np.abs(mean[:, 1] - far.sum(1)).max() < 0.05
     assert certain.max() < deviation.mean()
     assert (np.abs(mean[:, 0] - truth(far)) < 4 * deviation).mean() > 0.95
+
+
+def test_surprises_are_those_of_fits_without_the_trial():
+    x = np.array([config.lengths for config in some_configs(30)]) / 128
+    y = np.stack([np.sin(7 * x.sum(1)), x[:, 0]], 1)
+    y = (y - y.mean(0)) / y.std(0)
+    distance = np.abs(x[:, None] - x).mean(-1)
+    whole = _Fit(x, y, distance, scale=0.25, nugget=1e-2)
+    for left_out, surprise in enumerate(whole.surprises()):
+        others = np.arange(len(x)) != left_out
+        fit = _Fit(x[others], y[others], distance[others][:, others], scale=0.25, nugget=1e-2)
+        mean, deviation = fit.predict(x[~others], distance[~others][:, others])
+        variance = (deviation[0] ** 2 / fit._variance + 1e-2) * whole._variance  # what neighbours do not share, too
+        assert surprise == pytest.approx((mean[0, 0] - y[left_out, 0]) ** 2 / variance, rel=1e-5)
+
+
+def test_where_the_metric_is_wild_it_is_less_certain():
+    """Configurations that drop little are the more different ones here: by distance alone it would be the reverse."""
+
+    def truth(x):
+        dropped = 1 - x.mean(1)
+        return 90 - 10 * dropped + 10 * dropped**4 * np.sin(12 * x).sum(1)
+
+    x = np.array([config.lengths for config in some_configs(400)]) / 128
+    fresh = np.array([config.lengths for config in some_configs(200, seed=1)]) / 128
+    mean, deviation = Surrogate(x, truth(x)[:, None]).predict(fresh)
+    error, (low, high) = np.abs(mean[:, 0] - truth(fresh)), np.quantile(fresh.mean(1), [0.3, 0.7])
+    wild, calm = fresh.mean(1) < low, fresh.mean(1) > high
+    assert error[wild].mean() > error[calm].mean()
+    assert np.median(deviation[wild]) > np.median(deviation[calm])
 
 
 def test_expected_gain_is_the_mean_gain_of_the_area():
