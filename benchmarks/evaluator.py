@@ -100,13 +100,15 @@ def main() -> None:
         "padded, eager, fp32 (the paper)": padded(eager, task, split),
         "real lengths, eager, fp32": ours(eager),
         "real lengths, SDPA, fp32": ours(model),
+        "real lengths, SDPA, fp32, compiled": ours(model, compiled=True),
         "real lengths, SDPA, bf16": ours(model, precision="bf16"),
+        "real lengths, SDPA, bf16, compiled": ours(model, precision="bf16", compiled=True),
     }
     layers = model.config.num_hidden_layers
     configs = [LengthConfig.constant_ratio(ratio, layers, task.max_length) for ratio in RATIOS]
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in configs] for name in sides}
     metrics: dict[str, list[float | None]] = {}
-    for name, side in sides.items():  # the first pass makes batches and warms caches
+    for name, side in sides.items():  # the first pass makes batches, compiles, and warms caches
         metrics[name] = [side(configs[-1])]
     for round_number in range(arguments.rounds):
         for number, config in enumerate(configs):

@@ -365,6 +365,7 @@ class MakeEvaluator:
             split=self.split or self.spec.search_split,
             device=device,
             precision=search.precision,
+            compiled=search.compiled,
             racing=Racing() if self.spec.races and not self.standard and self.split is None else None,
             protocol="real" if search.retention == "relative" else "padded",
             retention=search.retention,
@@ -585,27 +586,27 @@ def _finished_last(spec: StudySpec) -> bool:
 
 
 def check_precision(spec: StudySpec, device: str | None = None) -> None:
-    """Measure what a reduced precision changes, and say so when it is more than chance would.
+    """Measure what a reduced precision or compiling changes, and say so when it is more than chance would.
 
-    The dense and the smallest model are measured in both precisions on the reporting split. The values lie in the
+    The dense and the smallest model are measured both ways on the reporting split. The values lie in the
     study's attribute ``precision``, and are not measured again.
     """
     from lat_optuna.search.study import load_study
 
-    reduced = spec.search.precision
     study = load_study(spec.storage, spec.name)
-    if reduced == "fp32" or "precision" in study.user_attrs:
+    if (spec.search.precision == "fp32" and not spec.search.compiled) or "precision" in study.user_attrs:
         return
     evaluator = MakeEvaluator(spec, split=REPORTING_SPLIT)(device or default_device())
-    exact = evaluator.on(REPORTING_SPLIT, "fp32")
+    exact, reduced = evaluator.on(REPORTING_SPLIT, exact=True), evaluator.arithmetic
     plan = make_plan(spec, evaluator)
     values: dict[str, dict[str, float]] = {}
     for name, config in (("dense", None), ("smallest", plan.smallest)):
-        values[name] = {each.precision: each.evaluate(config).metric for each in (exact, evaluator)}
+        values[name] = {each.arithmetic: each.evaluate(config).metric for each in (exact, evaluator)}
         change = values[name][reduced] - values[name]["fp32"]
         if abs(change) > 100.0 / evaluator.num_examples**0.5:  # two standard errors of an accuracy, at most
             logger.warning(
-                "%s changes the %s of the %s model by %+.2f points, to %.2f: set search.precision to fp32",
+                "%s changes the %s of the %s model by %+.2f points, to %.2f: set search.precision to fp32 and "
+                "search.compiled to false",
                 reduced,
                 evaluator.metric_name,
                 name,

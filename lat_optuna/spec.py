@@ -171,6 +171,8 @@ class SearchSpec(_Section):
         objectives: Further objectives: ``latency_ms``, predicted from a calibration on the machine that starts the
             search, for single inputs. The front is then one of three dimensions, and racing is off.
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
+        precision: ``bf16`` is autocast; what it changes of the metric is measured, once.
+        compiled: Evaluate with ``torch.compile``, likewise. A worker compiles for a minute or so at first.
     """
 
     preset: Literal["default", "paper"] = "default"
@@ -188,6 +190,7 @@ class SearchSpec(_Section):
     max_cost: float | None = Field(default=None, gt=0)
     retention: Retention = "relative"
     precision: Literal["fp32", "bf16"] = "fp32"
+    compiled: bool = False
     reproducible: bool = False
     seed: int = Field(default=0, ge=0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tiny_text import sentences, tiny_checkpoint, write_parquet
 
 from lat_optuna import pipeline
@@ -109,12 +110,18 @@ def test_without_a_search_split_there_is_one_value(tmp_path):
     assert baselines.examples == 40
 
 
-def test_what_a_reduced_precision_changes_is_measured_and_kept(tmp_path):
+def test_what_a_reduced_precision_or_compiling_changes_is_measured_and_kept(tmp_path, monkeypatch):
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend="eager", **options))
     spec = make_spec(tmp_path, precision="bf16")
     pipeline.search(spec, ["cpu"])
     values = load_study(spec.storage, spec.name).user_attrs["precision"]
     assert values["dense"]["fp32"] == pytest.approx(measured(spec, "validation", None).metric)
     assert set(values["smallest"]) == {"fp32", "bf16"}
+    compiled = make_spec(tmp_path / "compiled", compiled=True)
+    pipeline.search(compiled, ["cpu"])
+    values = load_study(compiled.storage, compiled.name).user_attrs["precision"]
+    assert set(values["smallest"]) == {"fp32", "fp32, compiled"}
     exact = make_spec(tmp_path / "exact")
     pipeline.search(exact, ["cpu"])
     assert "precision" not in load_study(exact.storage, exact.name).user_attrs

@@ -36,7 +36,7 @@ Mode = Literal["restore", "eliminate"]
 Significance = Literal["all", "cls"]
 LastLayer = Literal["all", "cls"]
 Model = TypeVar("Model", bound=PreTrainedModel)
-Override = tuple[LengthConfig | None, frozenset[int]]
+Override = tuple[LengthConfig | None, frozenset[int], bool]
 
 PASS = "length_pass"
 OFFSET = "length_offset"
@@ -148,7 +148,10 @@ def num_layers(model: PreTrainedModel) -> int:
 
 @contextmanager
 def at(
-    model: PreTrainedModel, config: LengthConfig | None, skip_layers: Collection[int] = frozenset()
+    model: PreTrainedModel,
+    config: LengthConfig | None,
+    skip_layers: Collection[int] = frozenset(),
+    drop_everywhere: bool = False,
 ) -> Iterator[PreTrainedModel]:
     """Run an adapted model with a configuration inside a ``with`` block, in this thread only.
 
@@ -157,6 +160,8 @@ def at(
         config: The configuration; ``None`` is dense.
         skip_layers: Layers, counted from 0, that are skipped (LayerDrop, section 3.1). The next layer that runs
             applies a skipped layer's reduction; where none follows, it is not applied.
+        drop_everywhere: Whether layers that keep everything run as layers that drop, too. It takes longer, and a
+            compiled model needs one graph for all configurations instead of one for every set of dropping layers.
 
     Yields:
         The model.
@@ -172,7 +177,7 @@ def at(
     skipped = frozenset(skip_layers)
     if not skipped <= set(range(layers)):
         raise ValueError(f"skip_layers {sorted(skipped)} must lie in 0..{layers - 1}, the layers of the model")
-    token = _overrides.set({**_overrides.get(), id(base): (config, skipped)})
+    token = _overrides.set({**_overrides.get(), id(base): (config, skipped, drop_everywhere)})
     try:
         yield model
     finally:
@@ -193,9 +198,11 @@ class LengthAdaptive:
         _check_config(base, config)
         base._length_config = config
 
-    def at(self, config: LengthConfig | None, skip_layers: Collection[int] = frozenset()) -> Any:
+    def at(
+        self, config: LengthConfig | None, skip_layers: Collection[int] = frozenset(), drop_everywhere: bool = False
+    ) -> Any:
         """:func:`at` as a method: ``with model.at(config): ...``."""
-        return at(cast(PreTrainedModel, self), config, skip_layers)
+        return at(cast(PreTrainedModel, self), config, skip_layers, drop_everywhere)
 
 
 def _check_config(base: Any, config: LengthConfig | None) -> None:
@@ -241,7 +248,7 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
 @torch.compiler.disable
 def _begin(base: Any, arguments: Mapping[str, Any], compiling: bool) -> Pass | None:
     """The plan of this forward pass; ``None`` where it is dense."""
-    config, skipped = _overrides.get().get(id(base), (base._length_config, frozenset()))
+    config, skipped, everywhere = _overrides.get().get(id(base), (base._length_config, frozenset(), False))
     economical = base._length_last_layer == "cls"
     if config is None and not skipped and not economical:
         return None
@@ -250,7 +257,7 @@ def _begin(base: Any, arguments: Mapping[str, Any], compiling: bool) -> Pass | N
     tokens = family.tokens(base, arguments)
     first_rows = family.protected if economical else 0
     mask = arguments.get("attention_mask")
-    plan = make_plan(config, skipped, _layer_count(base), tokens, mask, first_rows, compiling)
+    plan = make_plan(config, skipped, _layer_count(base), tokens, mask, first_rows, compiling, everywhere)
     return Pass(plan, family, base.config, base._length_significance == "cls")
 
 

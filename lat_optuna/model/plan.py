@@ -99,6 +99,7 @@ def make_plan(
     attention_mask: torch.Tensor | None,
     first_rows: int = 0,
     compiling: bool = False,
+    drop_everywhere: bool = False,
 ) -> Plan:
     """Count every example's rows in every layer.
 
@@ -112,6 +113,7 @@ def make_plan(
         first_rows: If not 0, the last layer that runs gives so many first rows, whatever the configuration says.
         compiling: Whether a graph is made or run. All layers of a padded batch count as ragged then: lengths that
             meet in some layer would be a graph of their own.
+        drop_everywhere: Whether layers in which no example loses rows run as layers that drop all the same.
 
     Returns:
         The plan. With an attention mask the device is synchronised once, else never. Under ``torch.export`` the
@@ -120,9 +122,10 @@ def make_plan(
     if is_exporting():
         return _symbolic_plan(config, skip_layers, tokens, attention_mask, first_rows)
     runs = [layer for layer in range(layers) if layer not in skip_layers]
+    everywhere = drop_everywhere and config is not None
     if attention_mask is None:
         lengths = (tokens,) * layers if config is None else config.at_length(tokens)
-        return _uniform(lengths, runs, layers, tokens, first_rows)
+        return _uniform(lengths, runs, layers, tokens, first_rows, everywhere)
 
     real = attention_mask != 0
     # Both that the host must know, how many rows are real and whether the first one is, in one number an example.
@@ -138,7 +141,8 @@ def make_plan(
     step = _granularity(tokens, attention_mask.device)
     if least[0] == tokens and (step == 1 or config is None):
         kept = dict(zip(runs, most[1:], strict=True))
-        return _uniform([kept.get(layer, tokens) for layer in range(layers)], runs, layers, tokens, first_rows)
+        lengths = tuple(kept.get(layer, tokens) for layer in range(layers))
+        return _uniform(lengths, runs, layers, tokens, first_rows, everywhere)
 
     steps: list[Step] = []
     width, ragged, source = tokens, True, None
@@ -148,7 +152,7 @@ def make_plan(
             continue
         at = runs.index(layer)
         # Padding on the left goes in the first layer, whatever it keeps: poolers read row 0, which must be [CLS].
-        drops = bool(falling[at]) or (config is not None and padded_left and at == 0)
+        drops = everywhere or bool(falling[at]) or (config is not None and padded_left and at == 0)
         if drops:
             width = min(width, -(-most[at + 1] // step) * step)
             ragged = compiling or least[at + 1] < width
@@ -216,12 +220,14 @@ def _last(steps: list[Step], runs: list[int], first_rows: int) -> tuple[Step, ..
     return tuple(steps)
 
 
-def _uniform(lengths: Sequence[int], runs: list[int], layers: int, tokens: int, first_rows: int) -> Plan:
+def _uniform(
+    lengths: Sequence[int], runs: list[int], layers: int, tokens: int, first_rows: int, everywhere: bool = False
+) -> Plan:
     """The plan of a batch without padding: no tensor, no synchronisation."""
     steps: list[Step] = []
     width, source = tokens, None
     for layer in range(layers):
-        drops = layer in runs and lengths[layer] < width
+        drops = layer in runs and (everywhere or lengths[layer] < width)
         width = lengths[layer] if drops else width
         steps.append(Step(layer in runs, drops, width, False, source))
         source = layer if drops else source

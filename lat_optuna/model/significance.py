@@ -353,9 +353,11 @@ def choose_rows(votes: torch.Tensor, keep: Keep) -> torch.Tensor:
     else:
         first = keep.real & (keep.real.cumsum(-1) <= keep.protected)
     votes = votes.masked_fill(first, torch.inf)
-    order = votes.sort(dim=-1, descending=True, stable=True).indices[:, : keep.width]
+    places = torch.arange(keep.width, device=votes.device)
+    # Not a slice: whether it is contiguous, a graph would take for a rule about lengths.
+    order = votes.sort(dim=-1, descending=True, stable=True).indices.index_select(1, places)
     if keep.counts is not None:
-        order = order.masked_fill(torch.arange(keep.width, device=votes.device) >= keep.counts[:, None], rows)
+        order = order.masked_fill(places >= keep.counts[:, None], rows)
     return order.sort(-1).values
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -218,6 +219,7 @@ class ModelEvaluator:
             ``max_length``, as in the paper. Predictions are the same, and made without the padding.
         retention: Of all configurations; by default relative, or absolute where the protocol is ``"padded"``.
         precision: ``"bf16"`` is autocast.
+        compiled: Run configurations through ``torch.compile``: one graph for all of them, in which every layer gathers.
         racing: When a configuration is abandoned, and in which order examples are looked at then. Evaluations tell
             their scores example by example. Without effect on a task that cannot (see :class:`lat_optuna.tasks.Task`).
 
@@ -237,6 +239,7 @@ class ModelEvaluator:
         retention: Retention | None = None,
         precision: Precision = "fp32",
         racing: Racing | None = None,
+        compiled: bool = False,
     ) -> None:
         import numpy as np
         import torch
@@ -266,6 +269,8 @@ class ModelEvaluator:
         self.split: Split = split
         self.protocol = protocol
         self.precision = precision
+        self.compiled = compiled
+        self._run_model: Any = torch.compile(model, dynamic=True) if compiled else model
         self.tokens_per_batch = tokens_per_batch
         self.num_layers = num_layers(model)
         self.max_length = task.max_length
@@ -284,8 +289,13 @@ class ModelEvaluator:
         self._costs: dict[LengthConfig | None, float] = {None: 1.0}
         self._known: dict[tuple[tuple[int, ...], ...], Evaluation] = {}
 
-    def on(self, split: Split, precision: Precision | None = None) -> ModelEvaluator:
-        """The same model, measured on another split or in another precision, in full."""
+    @property
+    def arithmetic(self) -> str:
+        """What values differ in by rounding: the precision, and whether the model is compiled."""
+        return f"{self.precision}, compiled" if self.compiled else self.precision
+
+    def on(self, split: Split, exact: bool = False) -> ModelEvaluator:
+        """The same model, measured on another split, or in fp32 and not compiled (``exact``); in full."""
         return ModelEvaluator(
             self.model,
             self.task,
@@ -294,7 +304,8 @@ class ModelEvaluator:
             self.tokens_per_batch,
             self.protocol,
             self.retention,
-            precision or self.precision,
+            "fp32" if exact else self.precision,
+            compiled=self.compiled and not exact,
         )
 
     def cost(self, config: LengthConfig | None) -> float:
@@ -355,7 +366,7 @@ class ModelEvaluator:
             "max_length": str(self.max_length),
             "retention": self.retention,
             "protocol": self.protocol,
-            "precision": self.precision,
+            "precision": self.arithmetic,
             # Only what differs from the usual: studies from before there was a choice go on.
             **{name: chosen for name, chosen in options.items() if chosen != "all"},
         }
@@ -445,9 +456,12 @@ class ModelEvaluator:
         from lat_optuna.model.backends import without_cudnn_attention
 
         reduced = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
-        with torch.inference_mode(), without_cudnn_attention(), reduced, self.model.at(config):
+        at = self.model.at(config, drop_everywhere=self.compiled)
+        # Graphs differ between batches of one example and of more, with padding and without.
+        graphs = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()
+        with torch.inference_mode(), without_cudnn_attention(), reduced, at, graphs:
             # All batches are under way before the first result is asked for: the device never waits for the host.
-            outputs = [self.model(**batch.inputs) for batch in chunk.batches]
+            outputs = [self._run_model(**batch.inputs) for batch in chunk.batches]
         log_probs = getattr(self.task, "log_probs", None)
         predictions: dict[int, np.ndarray] = {}
         right: dict[int, float] = {}

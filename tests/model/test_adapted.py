@@ -132,6 +132,19 @@ def test_padding_on_the_left_changes_nothing(name, fractions):
     assert_close(left, alone)
 
 
+@pytest.mark.parametrize("name", ONE_A_FAMILY)
+@pytest.mark.parametrize("fractions", [(1.0, 0.5, 0.5), (1.0, 1.0, 1.0)])
+def test_layers_that_keep_everything_may_run_as_layers_that_drop(name, fractions):
+    model = adapt(CASES[name].build())
+    config, ns = config_for(model, fractions), sizes(model, NS)
+    for each in (ns, ns[:1] * 3):
+        batch = inputs_for(model, each)
+        with torch.no_grad(), model.at(config):
+            expected = results(model, model(**batch), each)
+        with torch.no_grad(), model.at(config, drop_everywhere=True):
+            assert_close(results(model, model(**batch), each), expected)
+
+
 def test_padding_inside_an_input_is_no_token():
     model = adapt(CASES["BertForTokenClassification"].build())
     batch = inputs_for(model, [12])

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_text import questions, sentences, tiny_checkpoint, write_parquet
+from torch._dynamo.testing import CompileCounter
 
 from lat_optuna.flops import Architecture
 from lat_optuna.length_config import LengthConfig
@@ -64,6 +65,26 @@ def test_values_are_those_of_single_examples(model, task, tokens_per_batch, conf
     evaluation = evaluator.evaluate(config)
     assert evaluation.metric == pytest.approx(accuracy)
     assert evaluation.details["log_prob"] == pytest.approx(log_prob, abs=1e-5)
+
+
+def test_compiled_values_are_the_same_and_configurations_share_their_graphs(model, task, monkeypatch):
+    counter, original = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=counter, **options))
+    torch.compiler.reset()
+    plain = ModelEvaluator(copy.deepcopy(model), task, tokens_per_batch=70)
+    compiled = ModelEvaluator(model, task, tokens_per_batch=70, compiled=True)
+    counted = []
+    for lengths in ((12, 9, 6), (20, 9, 9), (20, 20, 6), (7, 7, 7), (12, 9, 9)):
+        config = LengthConfig(lengths, 20)
+        found, expected = compiled.evaluate(config), plain.evaluate(config)
+        assert found.metric == expected.metric
+        assert found.details["log_prob"] == pytest.approx(expected.details["log_prob"], abs=1e-5)
+        counted.append(counter.frame_count)
+    assert counted[0] > 0
+    assert counted[0] == counted[-1]
+    assert compiled.identity()["precision"] == compiled.arithmetic == "fp32, compiled"
+    assert compiled.on("validation").compiled
+    assert compiled.on("validation", exact=True).arithmetic == "fp32"
 
 
 def test_batches_keep_to_the_budget(model, task, passes):
