@@ -1,9 +1,10 @@
 """Proposals that a surrogate of the metric has screened: the search's default, beside the paper's (section 3.2).
 
 What a configuration costs is known by arithmetic; what it scores is not, but changes little from one configuration to
-its neighbours. So a slot draws a parent from the front, as the paper does, but a hundred children of it, and evaluates
-the one of which a Gaussian process of the finished trials expects the most: the largest expected gain of the area under
-the front. (Children of all parents at once would do worse: what the process believes in lies close together.)
+its neighbours. So a slot draws many children of the front, and evaluates the one of which a Gaussian process of the
+finished trials expects the most: the largest expected gain of the area under the front. Every second slot draws its
+parent first, as the paper does, and looks at children of that one alone. Otherwise all slots would go where the process
+expects the most already, and neither the rest of the front nor the process would learn anything.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import numpy as np
 from lat_optuna.length_config import LengthConfig
 from lat_optuna.search.plan import Candidate, Fronts, ParetoFront, Proposal, SearchPlan
 
-POOL = 100
-"""Children of the parent that a slot looks at."""
+POOL = 200
+"""Children that a slot looks at."""
 MUTATED = 0.8
 """Share of them that the paper's mutation draws."""
 MOST_OBSERVATIONS = 1000
@@ -46,10 +47,11 @@ class ScreenedPlan(SearchPlan):
     """A small initial population, then small generations of configurations that a surrogate has screened.
 
     Slots ``0..num_initial-1`` are the paper's initial population, fewer of it. A generation is ``num_mutations`` slots
-    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` children of a random member of the
-    front of earlier generations: by the paper's mutation, or a step of one to three layers. Configurations of the same
-    generation that are running or finished count as evaluated, with what the surrogate expects of them: so that slots
-    do not crowd, and a proposal stays a function of (seed, slot, visible trials).
+    (and ``num_crossovers``, which are nothing else here). Each looks at :data:`POOL` children of the front of earlier
+    generations, of all its members (even slots) or a random one (odd slots): by the paper's mutation, or a step of one
+    to three layers. Configurations of the same generation that are running or finished count as evaluated, with what
+    the surrogate expects of them: so that slots do not crowd, and a proposal stays a function of (seed, slot, visible
+    trials).
 
     With further objectives each slot weighs them and the cost against each other in its own way, at random.
     """
@@ -84,10 +86,11 @@ class ScreenedPlan(SearchPlan):
         rng = random.Random(f"{self.seed}/{slot}/screened")
         parents = seen.before(generation)
         # Where all children of one parent have been evaluated, it is the next one's turn.
-        families = ((parent, self._children(parent, taken, rng)) for parent in rng.sample(parents, len(parents)))
-        parent, configs = next((family for family in families if family[1]), (None, []))
-        if parent is None:
+        families = [parents] if slot % 2 == 0 else [[parent] for parent in rng.sample(parents, len(parents))]
+        pool = next(filter(None, (self._children(family, taken, rng) for family in families)), None)
+        if pool is None:
             return self.propose(slot, parents, taken)
+        configs = [config for config, _ in pool]
         later = (one.config for one in seen.later(generation))
         pending = sorted({*later, *running}, key=lambda config: config.lengths)
         surrogate = self._surrogate(seen, generation, parents)
@@ -107,15 +110,18 @@ class ScreenedPlan(SearchPlan):
         floor = min(one.metric for one in finished)
         gains = expected_gain(front.members, mean[new, 0], deviation[new], np.array(prices[new]), highest, floor)
         best = int(np.argmax(np.round(gains / (gains.max() or 1.0), DIGITS)))
-        return Proposal(configs[best], generation, "screened", (parent.number,))
+        config, parent = pool[best]
+        return Proposal(config, generation, "screened", (parent.number,))
 
-    def _children(self, parent: Candidate, taken: Container[tuple[int, ...]], rng: random.Random) -> list[LengthConfig]:
-        found: dict[tuple[int, ...], LengthConfig] = {}
+    def _children(
+        self, parents: Sequence[Candidate], taken: Container[tuple[int, ...]], rng: random.Random
+    ) -> list[tuple[LengthConfig, Candidate]]:
+        found: dict[tuple[int, ...], tuple[LengthConfig, Candidate]] = {}
         for _ in range(4 * POOL):
-            mutated = rng.random() < MUTATED
+            parent, mutated = rng.choice(parents), rng.random() < MUTATED
             config = parent.config.mutate(self.mutation_prob, rng) if mutated else self._step(parent.config, rng)
             if config.lengths not in taken and config.lengths not in found and self.allows(config):
-                found[config.lengths] = config
+                found[config.lengths] = config, parent
                 if len(found) == POOL:
                     break
         return list(found.values())
