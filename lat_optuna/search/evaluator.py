@@ -224,8 +224,8 @@ class ModelEvaluator:
             their scores example by example. Without effect on a task that cannot (see :class:`lat_optuna.tasks.Task`).
 
     Raises:
-        ValueError: An argument is not one of those named, or padded cost is asked for relative retention, where it has
-            no meaning.
+        ValueError: An argument is not one of those named, padded cost is asked for relative retention, where it has
+            no meaning, or there is nothing that ``torch.compile`` could compile with.
     """
 
     def __init__(
@@ -270,7 +270,10 @@ class ModelEvaluator:
         self.protocol = protocol
         self.precision = precision
         self.compiled = compiled
-        self._run_model: Any = torch.compile(model, dynamic=True) if compiled else model
+        self._run_model: Any = model
+        if compiled:
+            _check_compiler(self.device)
+            self._run_model = torch.compile(model, dynamic=True)
         self.tokens_per_batch = tokens_per_batch
         self.num_layers = num_layers(model)
         self.max_length = task.max_length
@@ -503,6 +506,19 @@ class ModelEvaluator:
             if self._lengths[rows[-1]] == longest:
                 del inputs["attention_mask"]  # nothing is padded, and attention without a mask is faster
             yield _Batch(rows, tensors, inputs)
+
+
+def _check_compiler(device: torch.device) -> None:
+    import torch
+
+    try:
+        torch.compile(torch.neg)(torch.ones(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"compiled evaluation needs what torch.compile compiles with on {device.type} (a C++ compiler; on a GPU "
+            f"Triton, too), and it said: {reason}; install it, or set search.compiled to false"
+        ) from error
 
 
 def _power_of_two(number: float) -> int:

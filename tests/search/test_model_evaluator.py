@@ -87,6 +87,13 @@ def test_compiled_values_are_the_same_and_configurations_share_their_graphs(mode
     assert compiled.on("validation", exact=True).arithmetic == "fp32"
 
 
+def test_without_a_compiler_it_says_so_at_once(model, task, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    torch.compiler.reset()
+    with pytest.raises(ValueError, match=r"needs what torch.compile compiles with on cpu.*search.compiled to false"):
+        ModelEvaluator(model, task, compiled=True)
+
+
 def test_batches_keep_to_the_budget(model, task, passes):
     ModelEvaluator(model, task, tokens_per_batch=70).evaluate(None)
     assert sum(rows for rows, _ in passes) == 40
