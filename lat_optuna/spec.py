@@ -172,7 +172,7 @@ class SearchSpec(_Section):
             search, for single inputs. The front is then one of three dimensions, and racing is off.
         max_cost: No configuration is looked at that costs more than this fraction of the dense model's FLOPs.
         precision: ``bf16`` is autocast; what it changes of the metric is measured, once.
-        compiled: Evaluate with ``torch.compile``, likewise. The first evaluations take minutes on a CPU, once a machine.
+        compiled: Evaluate with ``torch.compile``, likewise. The first evaluations take minutes on a CPU, once.
     """
 
     preset: Literal["default", "paper"] = "default"
