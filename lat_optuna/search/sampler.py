@@ -36,7 +36,7 @@ class LengthConfigSampler(BaseSampler):
         p: LengthDrop probability of the training: no proposal costs less than ``smallest(p)``.
         cost: Configuration to number, rising with every length; by default the sum of the lengths.
         preset: ``"paper"``, its evolutionary search, or ``"default"``, which
-            screens moves from the front with a surrogate (``surrogate.py``) and needs a fraction of the trials.
+            screens children of the front with a surrogate (``surrogate.py``) and needs a fraction of the trials.
         retention: As in :class:`LengthConfig`; matters to ``cost`` alone.
         max_cost: No proposal costs more, where this is given.
         num_initial: Constant-ratio configurations of the initial population; like all sizes the preset's by default.
