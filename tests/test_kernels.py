@@ -412,26 +412,30 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
         choice, context = of_cuda(query, key, value, None if real is None else real[:, None, None], keep)
         return choice.positions, context
 
-    torch.compiler.reset()
-    backend = CompileCounterWithBackend("inductor" if DEVICE == "cuda" else "aot_eager")
-    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
-    counted = []
-    for n in (70, 50, 33):
-        _, real = masks("padding" if masked else "none", n)
-        counts = keep_for(real, n, n // 2).counts
-        ours = [part.requires_grad_() for part in projections(dtype, n)]
-        plain = [part.detach().clone().requires_grad_() for part in ours]
-        positions, context = compiled(*ours, real, counts, n // 2)
-        expected_positions, expected = layer(*plain, real, counts, n // 2)
-        assert torch.equal(positions, expected_positions)
-        torch.testing.assert_close(context, expected, **close)
-        context.square().sum().backward()
-        expected.square().sum().backward()
-        for part, other in zip(ours, plain, strict=True):
-            assert (part.grad - other.grad).norm() < 1e-2 * other.grad.norm()
-        counted.append(backend.frame_count)
-    assert counted[0] == counted[-1]
-    if KERNEL:
-        targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
-        for name in ("received", "choose"):
-            assert any(f"lat_optuna.{name}" in target for target in targets)
+    kind = "inductor" if DEVICE == "cuda" else "aot_eager"
+    for training in (False, True):
+        counted = []
+        torch.compiler.reset()
+        backend = CompileCounterWithBackend(kind)
+        compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
+        for n in (70, 50, 33):
+            _, real = masks("padding" if masked else "none", n)
+            counts = keep_for(real, n, n // 2).counts
+            ours = [part.requires_grad_(training) for part in projections(dtype, n)]
+            plain = [part.detach().clone().requires_grad_(training) for part in ours]
+            positions, context = compiled(*ours, real, counts, n // 2)
+            expected_positions, expected = layer(*plain, real, counts, n // 2)
+            assert torch.equal(positions, expected_positions)
+            torch.testing.assert_close(context, expected, **close)
+            if training:
+                context.square().sum().backward()
+                expected.square().sum().backward()
+                for part, other in zip(ours, plain, strict=True):
+                    assert (part.grad - other.grad).norm() < 1e-2 * other.grad.norm()
+            counted.append(backend.frame_count)
+        # Inductor's backward pass on CUDA asks whether the width is a multiple of 8 (33 // 2 is).
+        assert counted[-1] <= counted[0] + (training and DEVICE == "cuda")
+        if KERNEL:
+            targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
+            for name in ("received", "choose"):
+                assert any(f"lat_optuna.{name}" in target for target in targets)
