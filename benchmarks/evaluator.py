@@ -79,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cpu-time", action="store_true", help="count the thread's own time: on a busy machine")
+    parser.add_argument("--no-compiled", action="store_true", help="compiling takes minutes")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -104,6 +105,8 @@ def main() -> None:
         "real lengths, SDPA, bf16": ours(model, precision="bf16"),
         "real lengths, SDPA, bf16, compiled": ours(model, precision="bf16", compiled=True),
     }
+    if arguments.no_compiled:
+        sides = {name: side for name, side in sides.items() if not name.endswith("compiled")}
     layers = model.config.num_hidden_layers
     configs = [LengthConfig.constant_ratio(ratio, layers, task.max_length) for ratio in RATIOS]
     seconds: dict[str, list[list[float]]] = {name: [[] for _ in configs] for name in sides}

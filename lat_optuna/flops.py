@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from lat_optuna.length_config import MIN_LENGTH, LengthConfig
+from lat_optuna.length_config import LengthConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -186,12 +186,7 @@ class Architecture:
         self._check(config)
         # All layers and lengths at once: a search asks for the cost of hundreds of candidates a trial.
         ns, times = np.array(list(counts)), np.array(list(counts.values()))
-        kept = np.broadcast_to(ns, (self.layers, len(ns)))
-        if config is not None:
-            kept = np.array(config.lengths)[:, None]
-            if config.retention == "relative":
-                kept = -(-kept * ns // config.max_length)
-            kept = np.minimum(np.maximum(kept, MIN_LENGTH), ns)
+        kept = np.broadcast_to(ns, (self.layers, len(ns))) if config is None else config.at_lengths(ns)
         rows = np.concatenate([ns[None], kept[:-1]])
         layers = self._layer(rows, kept, False)
         if self.significance == "cls":

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal, Protocol, get_args
 
+import numpy as np
+
 Retention = Literal["relative", "absolute"]
 MIN_LENGTH = 2
 """Fewest word vectors that an input keeps in any layer (all of them, if it has fewer)."""
@@ -152,6 +154,12 @@ class LengthConfig:
         else:
             kept = list(self.lengths)
         return tuple(min(n, max(k, min_length)) for k in kept)
+
+    def at_lengths(self, ns: np.ndarray) -> np.ndarray:
+        """:meth:`at_length` of many inputs at once: (inputs,) integers, each at least 1, to (``L``, inputs)."""
+        lengths = np.array(self.lengths)[:, None]
+        kept = -(-lengths * ns // self.max_length) if self.retention == "relative" else lengths
+        return np.minimum(np.maximum(kept, MIN_LENGTH), ns)
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.lengths)

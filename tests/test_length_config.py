@@ -7,6 +7,7 @@ import pickle
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,12 @@ def test_at_length_is_monotone_and_bounded(config, n, min_length):
     assert list(kept) == sorted(kept, reverse=True)
     assert kept[0] <= n
     assert kept[-1] >= min(n, min_length)
+
+
+@given(configs(), st.lists(st.integers(1, 5000), min_size=1, max_size=5), st.sampled_from(["relative", "absolute"]))
+def test_at_lengths_is_at_length_of_each(config, ns, retention):
+    config = LengthConfig(config.lengths, config.max_length, retention)
+    assert config.at_lengths(np.array(ns)).T.tolist() == [list(config.at_length(n)) for n in ns]
 
 
 def test_at_length_by_hand():

@@ -129,13 +129,13 @@ def make_plan(
 
     real = attention_mask != 0
     # Both that the host must know, how many rows are real and whether the first one is, in one number an example.
-    known = torch.add(real[:, 0], real.sum(-1), alpha=2).cpu()
+    known = torch.add(real[:, 0], real.sum(-1), alpha=2).cpu().numpy()
     padded_left = not (known & 1).all()
     # An input without a real token (a batch filled up with empty rows) counts as one token, as nothing can attend to
     # an empty set; nobody reads its result.
-    n = (known >> 1).clamp(min=1)
-    counts = n.expand(layers, -1) if config is None else _at_lengths(config, n)
-    chain = np.concatenate([n.numpy()[None], counts.numpy()[runs]])
+    n = np.maximum(known >> 1, 1)
+    counts = np.tile(n, (layers, 1)) if config is None else config.at_lengths(n)
+    chain = np.concatenate([n[None], counts[runs]])
     falling = np.any(chain[1:] < chain[:-1], axis=1)
     most, least = chain.max(-1).tolist(), chain.min(-1).tolist()
     step = _granularity(tokens, attention_mask.device)
@@ -160,7 +160,7 @@ def make_plan(
         if drops:
             source = layer
     # Detached, they are no views: a compiled graph would take a batch as large as the number of layers for a rule.
-    by_layer = tuple(row.detach() for row in counts.to(attention_mask.device).unbind())
+    by_layer = tuple(row.detach() for row in torch.from_numpy(counts).to(attention_mask.device).unbind())
     left = padded_left and config is not None  # dense, row 0 is read, whatever it is
     padded = real if least[0] < tokens else None
     return Plan(_last(steps, runs, first_rows), tokens, padded, by_layer, left)
@@ -235,7 +235,7 @@ def _uniform(
 
 
 def _at_lengths(config: LengthConfig, n: torch.Tensor) -> torch.Tensor:
-    """``LengthConfig.at_length`` for a batch: (batch,) token counts to (layers, batch), in exact integers."""
+    """``LengthConfig.at_lengths`` in a graph: (batch,) token counts to (layers, batch), in exact integers."""
     lengths = torch.tensor(config.lengths, device=n.device)[:, None]
     if config.retention == "relative":
         # Ceiling division, as floor division is the one that torch has. (`torch.div` would go through floats in ONNX.)
