@@ -210,7 +210,7 @@ def test_a_race_with_several_workers_is_the_same_as_with_one(tmp_path):
     alone.mkdir()
     together.mkdir()
     run_worker(search_in(alone))
-    launch(search_in(together), ["cpu"] * 3)
+    launch(search_in(together), ["cpu"] * 3, folder=together)
     assert list(map(outcome_of, trials_of(search_in(alone)))) == list(map(outcome_of, trials_of(search_in(together))))
 
 
