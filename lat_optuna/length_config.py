@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
 Retention = Literal["relative", "absolute"]
 MIN_LENGTH = 2
@@ -157,6 +158,8 @@ class LengthConfig:
 
     def at_lengths(self, ns: np.ndarray) -> np.ndarray:
         """:meth:`at_length` of many inputs at once: (inputs,) integers, each at least 1, to (``L``, inputs)."""
+        import numpy as np  # here, as reading and writing a configuration needs none
+
         lengths = np.array(self.lengths)[:, None]
         kept = -(-lengths * ns // self.max_length) if self.retention == "relative" else lengths
         return np.minimum(np.maximum(kept, MIN_LENGTH), ns)
