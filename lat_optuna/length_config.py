@@ -1,4 +1,4 @@
-"""Length configurations and their algebra (paper: sections 2.2, 3.1 and 3.2). Pure Python."""
+"""Length configurations and their algebra (paper: sections 2.2, 3.1 and 3.2)."""
 
 from __future__ import annotations
 
