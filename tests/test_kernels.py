@@ -1,8 +1,8 @@
-"""The form for CUDA keeps what the definition keeps; its kernels agree with the probabilities that they never write,
-and with a sort.
+"""A layer that drops by kernels keeps what the definition keeps. They agree with the probabilities that they never
+write, and with a sort.
 
-On a GPU the tests take its kernels. Elsewhere they take no kernel but the rest of that form; where Triton is installed,
-one test runs this file once more with the kernels in Triton's interpreter.
+On a GPU the tests take Triton's kernels, on a CPU those in C++, or torch's operators where there is no compiler. Where
+Triton is installed, one test runs this file once more with its kernels in Triton's interpreter.
 """
 
 import os
@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import CASES, inputs_for, results
 
 from lat_optuna.length_config import LengthConfig
-from lat_optuna.model import adapt, num_layers
+from lat_optuna.model import adapt, cpu_kernels, kernels, num_layers
 from lat_optuna.model import significance as forms
 from lat_optuna.model.significance import (
     Keep,
@@ -30,33 +30,21 @@ from lat_optuna.model.significance import (
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KERNEL = forms.kernels is not None and (INTERPRETED or DEVICE == "cuda")
+KERNEL = kernels.cuda_kernels is not None if INTERPRETED or DEVICE == "cuda" else cpu_kernels.available()
 LOW = [torch.float16, torch.bfloat16]
 VOTES = LOW if DEVICE == "cuda" else [torch.float32, *LOW]
-"""What the kernel is tested with: on a GPU fp32 is not its affair; in the interpreter it is the sharpest."""
+"""On a GPU fp32 is not the kernel's affair; in the interpreter it is the sharpest test."""
 MASKS = ["none", "padding", "window", "window and padding", "by head", "nothing allowed"]
 
-needs_kernel = pytest.mark.skipif(not KERNEL, reason="there is no GPU, or no Triton")
+needs_kernel = pytest.mark.skipif(not KERNEL, reason="there is no compiler; or, for a GPU, no Triton")
 needs_gpu = pytest.mark.skipif(DEVICE != "cuda", reason="there is no GPU")
 
 
-class Probabilities:
-    """In the kernel's place where there is none."""
-
-    @staticmethod
-    def received(query, key, allowed, real):
-        return significance(attention_probabilities(query, key, allowed), real)
-
-    received_op = received
-
-
 @pytest.fixture(scope="module", autouse=True)
-def _kernel():
-    """Triton's interpreter up to 3.6 does not know numpy 2.4; a CPU without it takes no kernel."""
+def _interpreted():
+    """Triton's kernels on a CPU. Its interpreter up to 3.6 does not know numpy 2.4."""
     with pytest.MonkeyPatch.context() as patch:
-        if not KERNEL:
-            patch.setattr(forms, "kernels", Probabilities)
-        elif INTERPRETED:
+        if INTERPRETED:
             from triton.runtime import interpreter
 
             original = interpreter._patch_lang_tensor
@@ -66,7 +54,8 @@ def _kernel():
                 scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
             patch.setattr(interpreter, "_patch_lang_tensor", with_index)
-            patch.setattr(forms, "_has_kernels", lambda tensor: True)
+            patch.setitem(kernels.BY_DEVICE, "cpu", kernels.cuda_kernels)
+            patch.setattr(kernels.cuda_kernels, "DTYPES", (torch.float32, *LOW))
         yield
 
 
@@ -110,10 +99,10 @@ def exact_votes(query, key, allowed, real):
 
 
 def votes_agree(query, key, allowed, real):
-    found = forms.kernels.received(query, key, allowed, real)
+    found = kernels.received(query, key, allowed, real)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, exact_votes(query, key, allowed, real), atol=1e-4, rtol=1e-4)
-    assert torch.equal(found, forms.kernels.received(query, key, allowed, real))
+    assert torch.equal(found, kernels.received(query, key, allowed, real))
 
 
 def skip_what_the_interpreter_cannot(dtype):
@@ -148,16 +137,19 @@ def test_votes_of_any_strides_and_of_rows_that_are_not_numbers():
     votes_agree(query.transpose(2, 3).contiguous().transpose(2, 3), key[:, :, ::2].repeat_interleave(2, 2), None, None)
     real = torch.arange(80, device=DEVICE)[::2].expand(2, -1) < torch.tensor([[80], [50]], device=DEVICE)
     votes_agree(query, key, real[:, None, None], real)
-    expected = forms.kernels.received(query, key, real[:, None, None], real)
+    expected = kernels.received(query, key, real[:, None, None], real)
     packed[1, 25:] = torch.nan
-    assert torch.equal(forms.kernels.received(query, key, real[:, None, None], real), expected)
+    assert torch.equal(kernels.received(query, key, real[:, None, None], real), expected)
 
 
 @needs_kernel
 def test_the_kernel_leaves_large_heads_and_other_precisions_to_the_probabilities():
     for size, dtype in ((160, torch.float16), (32, torch.float32), (32, torch.float64)):
-        assert not forms.kernels.fits(projections(dtype, 20, 2, 1, size)[0])
-    assert forms.kernels.fits(projections(torch.float16, 20, 2, 1, 32)[0])
+        fit = dtype != torch.float64 if DEVICE == "cpu" and not INTERPRETED else dtype == torch.float32 and INTERPRETED
+        assert kernels.fit(*projections(dtype, 20, 2, 1, size)) == fit
+    assert kernels.fit(*projections(torch.float16, 20, 2, 1, 32))
+    query, key, value = projections(torch.float16, 20, 2, 1, 32)
+    assert not kernels.fit(query, key, value.double())
 
 
 @needs_gpu
@@ -166,15 +158,15 @@ def test_new_shapes_compile_no_new_kernel():
     def run(n, kind):
         query, key, _ = projections(torch.float16, n)
         allowed, real = masks(kind, n)
-        votes = forms.kernels.received(query, key, allowed, real)
+        votes = kernels.received(query, key, allowed, real)
         for batch in (1, 3):  # counts of a layer begin anywhere
             counts = torch.ones(2, batch, dtype=torch.int64, device=DEVICE)
             for keep in (Keep(n, None), Keep(1 + n // 2, counts[1], None if real is None else real[:batch], 1 + n % 2)):
                 forms.choose(votes[:batch], keep)
 
     def compiled():
-        kernels = forms.kernels._received, forms.kernels._choose
-        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in kernels)
+        both = kernels.cuda_kernels._received, kernels.cuda_kernels._choose
+        return sum(len(kernel.device_caches[torch.cuda.current_device()][0]) for kernel in both)
 
     for kind in MASKS:
         run(70, kind)
@@ -261,8 +253,9 @@ def test_votes_that_are_no_numbers_choose_some_rows():
 
 
 @needs_kernel
+@pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="a CPU takes any number")
 def test_too_many_rows_for_the_kernel_are_sorted():
-    votes = torch.rand(2, forms.kernels.LONGEST + 1, device=DEVICE)
+    votes = torch.rand(2, kernels.cuda_kernels.LONGEST + 1, device=DEVICE)
     assert forms.choose(votes, Keep(5)).flat is None
     assert agrees(votes[:, :-1].contiguous(), Keep(5)).flat is not None
 
@@ -286,12 +279,11 @@ def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
     model = adapt(CASES[name].build(), significance=significance)
     layers = num_layers(model)
     config = LengthConfig(tuple(range(18, 18 - 2 * layers, -2)), 20)
-    monkeypatch.setattr(forms, "_in_blocks", lambda *args: False)
     for left in {False, "input_ids" in inputs_for(model, ns)}:
         batch = inputs_for(model, ns, pad_to=23, left=left)
         found = {}
         for kernel in (True, False):
-            monkeypatch.setattr(forms, "_has_kernels", lambda tensor, answer=kernel: answer)
+            monkeypatch.setattr(kernels, "_run_on", lambda tensor, answer=kernel: answer)
             model.zero_grad()
             with model.at(config):
                 outputs = model(**batch)
@@ -299,13 +291,6 @@ def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
             sum(part.square().sum() for part in parts).backward()
             found[kernel] = parts + [weights.grad for weights in model.parameters() if weights.grad is not None]
         assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
-
-
-def of_cuda(query, key, value, allowed, keep, known=None, dropout=0.0):
-    """The form for CUDA, also on a CPU."""
-    if DEVICE == "cuda":  # in fp32 that is the whole form
-        return attend_and_choose(query, key, value, allowed, keep, known, dropout)
-    return forms._fused(query, key, value, allowed, keep, known, dropout)
 
 
 def test_queries_of_kept_rows_are_not_copied_as_a_whole(monkeypatch):
@@ -319,7 +304,7 @@ def test_queries_of_kept_rows_are_not_copied_as_a_whole(monkeypatch):
                 seen.append(func)
             return made
 
-    choice, _ = of_cuda(query, key, value, None, Keep(30))
+    choice, _ = attend_and_choose(query, key, value, None, Keep(30))
     with Copies():
         kept = choice.of(query.transpose(1, 2)).transpose(1, 2)
     assert not seen
@@ -353,7 +338,7 @@ def test_rows_context_and_gradients_are_those_of_the_whole_form(kind, dtype):
     allowed, real = masks(kind)
     keep = keep_for(real)
     inputs = [part.requires_grad_() for part in projections(dtype)]
-    choice, context = of_cuda(*inputs, allowed, keep)
+    choice, context = attend_and_choose(*inputs, allowed, keep)
     assert context.dtype == dtype
     assert context.isfinite().all()
     if KERNEL or dtype == torch.float32:  # without the kernel scores are rounded to the low precision
@@ -382,7 +367,7 @@ def test_a_replay_keeps_to_its_rows_and_saves_the_same_tensors():
     for _ in range(2):
         saved = []
         with torch.autograd.graph.saved_tensors_hooks(lambda x, to=saved: to.append(x.shape) or x, lambda x: x):
-            choice, context = of_cuda(*inputs, allowed, keep_for(real), choice)
+            choice, context = attend_and_choose(*inputs, allowed, keep_for(real), choice)
         shapes.append(saved)
         found.append((choice, context))
     assert shapes[0] == shapes[1]
@@ -392,11 +377,11 @@ def test_a_replay_keeps_to_its_rows_and_saves_the_same_tensors():
 
 def test_dropout_is_that_of_the_context_alone():
     query, key, value = projections(torch.float32)
-    choice, context = of_cuda(query, key, value, None, Keep(30))
-    again, dropped = of_cuda(query, key, value, None, Keep(30), dropout=0.5)
+    choice, context = attend_and_choose(query, key, value, None, Keep(30))
+    again, dropped = attend_and_choose(query, key, value, None, Keep(30), dropout=0.5)
     assert torch.equal(choice.rows, again.rows)
     assert not torch.allclose(context, dropped)
-    mean = sum(of_cuda(query, key, value, None, Keep(30), choice, 0.5)[1] for _ in range(300)) / 300
+    mean = sum(attend_and_choose(query, key, value, None, Keep(30), choice, 0.5)[1] for _ in range(300)) / 300
     assert (mean - context).norm() < 0.2 * context.norm()
 
 
@@ -409,7 +394,7 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
 
     def layer(query, key, value, real, counts, width):
         keep = Keep(width, counts, real, tokens=query.size(2))
-        choice, context = of_cuda(query, key, value, None if real is None else real[:, None, None], keep)
+        choice, context = attend_and_choose(query, key, value, None if real is None else real[:, None, None], keep)
         return choice.positions, context
 
     kind = "inductor" if DEVICE == "cuda" else "aot_eager"
@@ -439,3 +424,50 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
             targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
             for name in ("received", "choose"):
                 assert any(f"lat_optuna.{name}" in target for target in targets)
+
+
+@pytest.mark.skipif(not cpu_kernels.available(), reason="there is no compiler")
+def test_kernels_for_the_cpu_are_compiled_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cpu_kernels._load().received
+    (kept,) = (tmp_path / "lat_optuna").iterdir()
+    before = kept.stat()
+    assert cpu_kernels._load().received
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # not a folder: nothing can be kept
+    assert cpu_kernels._load().received
+    assert list((tmp_path / "lat_optuna").iterdir()) == [kept]
+
+
+@pytest.mark.parametrize("trouble", ["no compiler", "no C++17", "another system"])
+def test_without_kernels_for_the_cpu_torch_does_the_work_and_the_log_says_why(trouble, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if trouble == "no compiler":
+        monkeypatch.setattr(cpu_kernels, "COMPILERS", ("a-compiler-that-nobody-has",))
+    elif trouble == "no C++17":
+        monkeypatch.setattr(cpu_kernels, "SOURCE", tmp_path / "bad.cpp")
+        cpu_kernels.SOURCE.write_text("this is not C++")
+    else:
+        monkeypatch.setattr(cpu_kernels.sys, "platform", "win32")
+    with caplog.at_level("INFO", "lat_optuna"):
+        assert cpu_kernels._library.__wrapped__() is None
+    expected = "bad.cpp" if trouble == "no C++17" and cpu_kernels.available() else "compilers"
+    assert expected in caplog.text
+    assert not (tmp_path / "lat_optuna").exists()
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it is about CPUs")
+def test_who_counts_operators_sees_all_of_them():
+    query, key, value = projections(torch.float32)
+    seen = []
+
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Seen():
+        attend_and_choose(query, key, value, None, Keep(30))
+    assert any("softmax" in name for name in seen)
+    assert any("sort" in name for name in seen)

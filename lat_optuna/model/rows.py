@@ -29,6 +29,17 @@ class Choice:
         return take_rows(values, self.rows, self.flat)
 
 
+Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""``rows``, ``positions``, ``real`` and ``flat`` of a :class:`Choice`."""
+
+
+def empty_choice(votes: torch.Tensor, width: int) -> Chosen:
+    """What a kernel writes a choice of ``width`` rows to, for (batch, rows) votes."""
+    rows = votes.new_empty((votes.size(0), width), dtype=torch.int64)
+    flat = votes.new_empty(votes.size(0) * width, dtype=torch.int64)
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.bool), flat
+
+
 def is_exporting() -> bool:
     """Whether a graph is made for export; ``torch.compiler.is_exporting()`` of torch 2.11 is true of compiling, too."""
     return torch.compiler._is_exporting_flag

@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lat_optuna.model import cpu_kernels, kernels
+from lat_optuna.model import significance as forms
 from lat_optuna.model.significance import (
     Keep,
     attend_and_choose,
@@ -91,16 +93,31 @@ def test_context_is_plain_attention_for_the_rows_that_stay():
     torch.testing.assert_close(context, plain[torch.arange(2)[:, None], rows])
 
 
-def blocks(monkeypatch, probabilities):
-    """Blocks of so many probabilities: of few examples, and on the way of inference."""
-    monkeypatch.setattr("lat_optuna.model.significance.BLOCK", probabilities)
+FORMS = ["kernel", "blocks of all", "blocks of one example", "blocks of one head"]
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Take one of the forms: the whole one, a kernel of ours, or torch's operators in blocks."""
+
+    def set_form(form):
+        monkeypatch.undo()
+        if form == "whole":
+            monkeypatch.setattr(forms, "_votes_alone", lambda *args: None)
+        elif form == "kernel":
+            if not cpu_kernels.available():
+                pytest.skip("there is no compiler")
+        else:
+            monkeypatch.setitem(kernels.BY_DEVICE, "cpu", None)
+            monkeypatch.setattr(forms, "BLOCK", {"all": 2**18, "one example": 3 * 20 * 20, "one head": 1}[form[10:]])
+
+    return set_form
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("probabilities", [1, 2 * 3 * 20 * 20, 2**18])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_in_blocks_the_same_rows_stay_and_attend_as_in_the_whole_batch(monkeypatch, dtype, probabilities, masked):
-    blocks(monkeypatch, probabilities)
+def test_in_every_form_the_same_rows_stay_and_attend(take, dtype, form, masked):
     query, key, value = heads(5, 20, 4, dtype)
     ns = torch.tensor([20, 13, 1, 17, 9]) if masked else torch.tensor([20] * 5)
     real = torch.arange(20) < ns[:, None]
@@ -108,33 +125,35 @@ def test_in_blocks_the_same_rows_stay_and_attend_as_in_the_whole_batch(monkeypat
     allowed = real[:, None, None] if masked else None
     # Scores of low precision are rounded in the one form and not in the other: the same numbers in both.
     query, key = query.float(), key.float()
+    take("whole")
     choice, context = attend_and_choose(query, key, value.float(), allowed, keep)
-    with torch.no_grad():
-        choice_in_blocks, context_in_blocks = attend_and_choose(query, key, value.float(), allowed, keep)
-        low = attend_and_choose(query.to(dtype), key.to(dtype), value, allowed, keep)
-    assert torch.equal(choice.rows, choice_in_blocks.rows)
-    torch.testing.assert_close(context, context_in_blocks)
+    take(form)
+    other_choice, other_context = attend_and_choose(query, key, value.float(), allowed, keep)
+    low = attend_and_choose(query.to(dtype), key.to(dtype), value, allowed, keep)
+    assert torch.equal(choice.rows, other_choice.rows)
+    torch.testing.assert_close(context, other_context)
     # Query and key are numbers of the low precision: it loses nothing on the scores.
     assert torch.equal(choice.rows, low[0].rows)
     assert low[1].dtype == dtype
     torch.testing.assert_close(low[1].float(), context, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
 
 
+@pytest.mark.parametrize("form", ["kernel", "blocks of one head"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_fast_forms_keep_what_the_reference_keeps(monkeypatch, dtype):
-    blocks(monkeypatch, 3 * 40 * 40)
+def test_the_fast_forms_keep_what_the_reference_keeps(take, dtype, form):
     flips = 0
     for seed in range(5):
         query, key, value = heads(3, 40, seed, dtype)
         exact = attention_probabilities(query.float(), key.float(), None)
+        take("whole")
         whole = attend_and_choose(query, key, value, None, Keep(25))[0].rows
-        with torch.no_grad():
-            fast = attend_and_choose(query, key, value, None, Keep(25))[0].rows
+        take(form)
+        fast = attend_and_choose(query, key, value, None, Keep(25))[0].rows
         for example in range(3):
             received = torch.tensor(reference_significance(exact[example]))
             expected = reference_rows(exact[example], 25)
             ranked = received[1:].sort(descending=True).values
-            # In blocks, scores are made in fp32, whatever the projections are; whole, in their own precision.
+            # The fast forms have scores in fp32, whatever the projections are; the whole one in their own precision.
             if (ranked[23] - ranked[24]) > 1e-4:
                 assert fast[example].tolist() == expected
             flips += len(set(whole[example].tolist()) - set(expected))
@@ -143,9 +162,9 @@ def test_the_fast_forms_keep_what_the_reference_keeps(monkeypatch, dtype):
 
 @pytest.mark.parametrize("replayed", [False, True])
 @pytest.mark.parametrize("window", [False, True])
-@pytest.mark.parametrize("probabilities", [1, 2 * 20 * 8, 2 * 3 * 20 * 20])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_in_blocks_are_those_of_the_whole_batch(monkeypatch, probabilities, masked, window, replayed):
+def test_gradients_are_those_of_the_whole_form(take, form, masked, window, replayed):
     ns = torch.tensor([20, 13, 2, 17, 9]) if masked else torch.tensor([20] * 5)
     real = torch.arange(20) < ns[:, None]
     keep = Keep(8, (ns * 2 + 4) // 5, real) if masked else Keep(8)
@@ -154,21 +173,22 @@ def test_gradients_in_blocks_are_those_of_the_whole_batch(monkeypatch, probabili
         near = (torch.arange(20)[:, None] - torch.arange(20)).abs() < 4
         allowed = near.expand(5, 1, 20, 20) & real[:, None, None]
     found = {}
-    for size in (2**30, probabilities):
-        blocks(monkeypatch, size)
+    for each in ("whole", form):
+        take(each)
         inputs = [part.requires_grad_() for part in heads(5, 20, 4)]
         known = attend_and_choose(*inputs, allowed, keep)[0] if replayed else None
         choice, context = attend_and_choose(*inputs, allowed, keep, known)
         if keep.counts is not None:  # nobody reads filler
             context = context * (torch.arange(8) < keep.counts[:, None])[:, :, None]
         (context * torch.randn(context.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
-        found[size] = [choice.rows, context.detach(), *(part.grad for part in inputs)]
-    for ours, expected in zip(found[probabilities], found[2**30], strict=True):
+        found[each] = [choice.rows, context.detach(), *(part.grad for part in inputs)]
+    for ours, expected in zip(found[form], found["whole"], strict=True):
         torch.testing.assert_close(ours, expected)
 
 
-def test_training_keeps_no_probabilities(monkeypatch):
-    blocks(monkeypatch, 1)
+@pytest.mark.parametrize("form", ["kernel", "blocks of one head"])
+def test_training_keeps_no_probabilities(take, form):
+    take(form)
     query, key, value = (part.requires_grad_() for part in heads(2, 64, 3))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor.numel()) or tensor, lambda x: x):

@@ -1,0 +1,148 @@
+"""Significance on a CPU without probabilities in memory, and the choice of rows without a sort: ``cpu_kernels.cpp``.
+
+It is compiled for this processor when first needed, which takes a second, and kept in the user's cache. Without a C++
+compiler, or where the compiler cannot make it, there are no such kernels, and torch's operators do the work.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lat_optuna.model.rows import Chosen, empty_choice
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+KINDS = {torch.float32: 0, torch.bfloat16: 1}
+
+_logger = logging.getLogger(__name__)
+_Strides = ctypes.c_int64 * 4
+
+
+def fits(query: torch.Tensor) -> bool:
+    """Whether the kernel takes such queries: all but double precision."""
+    return query.dtype in (*KINDS, torch.float16)
+
+
+def takes(votes: torch.Tensor) -> bool:
+    """Whether :func:`choose` takes such votes."""
+    return votes.dtype == torch.float32
+
+
+@torch.compiler.assume_constant_result
+def available() -> bool:
+    """Whether the kernels are there; compiles them where they are not yet."""
+    return _library() is not None
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        loaded = _load()
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        _logger.info("layers that drop take longer, as there are no kernels for this CPU: %s", reason)
+        return None
+    number, real, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    loaded.received.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 4, real, *[address] * 3]
+    loaded.choose.argtypes = [*[address] * 8, *[number] * 5]
+    loaded.received.restype = loaded.choose.restype = None
+    return loaded
+
+
+def _load() -> ctypes.CDLL:
+    """The library from the user's cache, or newly made, under a name that tells source, compiler and processor.
+
+    Raises:
+        OSError: There is no compiler, or what it made cannot be loaded.
+        subprocess.SubprocessError: The compiler cannot make it.
+    """
+    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None or sys.platform != "linux":
+        raise OSError(f"they are for Linux with one of the compilers {', '.join(COMPILERS)}")
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    processor = re.search(r"^(?:flags|Features)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    made_from = (SOURCE.read_text(), version, *FLAGS, processor[0] if processor else "")
+    name = f"cpu_kernels-{hashlib.sha256(repr(made_from).encode()).hexdigest()[:20]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lat_optuna"
+    kept = cache / name
+    if kept.exists():
+        return ctypes.CDLL(str(kept))
+    with tempfile.TemporaryDirectory(prefix="lat_optuna-") as folder:
+        made = Path(folder, name)
+        subprocess.run([compiler, *FLAGS, "-o", made, SOURCE], capture_output=True, check=True, text=True)
+        try:  # whole or not at all, as other processes may be at it, too
+            cache.mkdir(parents=True, exist_ok=True)
+            partial = Path(shutil.copy(made, cache / f"{name}.{os.getpid()}"))
+            made = partial.replace(kept)
+        except OSError:  # no place of the user's: the next process makes it again
+            pass
+        return ctypes.CDLL(str(made))
+
+
+def received(
+    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
+) -> torch.Tensor:
+    """See :func:`lat_optuna.model.kernels.received`."""
+    query, key = (_readable(each) for each in (query, key))
+    batch, heads, n, size = query.shape
+    made = torch.empty((batch, heads, n), dtype=torch.float32)
+    of_allowed = (0, 0, 0, 0) if allowed is None else allowed.expand(batch, heads, n, n).stride()
+    real = None if real is None else real.contiguous()
+    _library().received(
+        KINDS[query.dtype],
+        query.data_ptr(),
+        key.data_ptr(),
+        _address(allowed),
+        _address(real),
+        made.data_ptr(),
+        batch,
+        heads,
+        n,
+        size,
+        size**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what is cheap
+        _Strides(*query.stride()),
+        _Strides(*key.stride()),
+        _Strides(*of_allowed),
+    )
+    return made.sum(1)
+
+
+def _readable(projection: torch.Tensor) -> torch.Tensor:
+    if projection.dtype == torch.float16:
+        projection = projection.float()
+    return projection if projection.stride(3) == 1 else projection.contiguous()
+
+
+def choose(
+    votes: torch.Tensor,
+    real: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> Chosen:
+    """See :func:`lat_optuna.model.kernels.choose`."""
+    batch, n = votes.shape
+    made = empty_choice(votes, width)
+    given = [None if each is None else each.contiguous() for each in (votes, real, counts, positions)]
+    _library().choose(*map(_address, given), *map(_address, made), batch, n, width, protected, tokens)
+    return made
+
+
+def _address(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
