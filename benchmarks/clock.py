@@ -9,8 +9,8 @@ one batch size and one precision. Its variants are measured in turns, and median
 * adapted at ratios of the dense model's FLOPs: with the paper's significance, as it is and compiled; by [CLS] alone.
 
 Results are appended to a JSON lines file, cell by cell; a cell that is there already is skipped, so that a run can be
-cut into pieces (``--seconds``). ``--report`` prints tables of what there is, ``--predict`` checks the latency model,
-and ``--memory`` measures peak memory (on a CPU, one process a figure)::
+cut into pieces (``--seconds``). ``--report`` prints tables of what there is, ``--picture`` draws FLOPs against latency,
+``--predict`` checks the latency model, and ``--memory`` measures peak memory (on a CPU, one process a figure)::
 
     python benchmarks/clock.py --out clock.jsonl --models minilm --workloads 128 sst2 --batches 1 16 --seconds 280
     python benchmarks/clock.py --out clock.jsonl --report
@@ -501,6 +501,46 @@ def memory_table(peaks: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def picture(args: argparse.Namespace) -> None:
+    """The paper's Figure 3: latency over FLOPs, both as shares of the fastest dense model's, on the first workload.
+
+    Only of cells whose models were compiled as well.
+    """
+    from plotly import graph_objects
+    from plotly.subplots import make_subplots
+
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for one in read(args.out):
+        asked = one["model"] in args.models and one["batch"] in args.batches and one["precision"] in args.precisions
+        if asked and one["workload"] == args.workloads[0] and "dense compiled" in one.get("ms", {}):
+            panels[device_of(one), one["precision"]].append(one)
+    titles = [f"{device}, {precision}" for device, precision in panels]
+    figure = make_subplots(1, len(panels), subplot_titles=titles, shared_yaxes=True)
+    dashes = dict(zip(sorted(args.batches), ("dot", "dash", "dashdot", "solid")[-len(args.batches) :], strict=True))
+    colours = dict(zip(args.models, ("#2a6fbb", "#d1603d", "#3a9a5c"), strict=False))
+    known = set()
+    for column, cells in enumerate(panels.values(), start=1):
+        line = {"color": "#bbbbbb", "width": 1}
+        figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, showlegend=False, col=column, row=1)
+        for one in sorted(cells, key=lambda one: (args.models.index(one["model"]), one["batch"])):
+            dense = min(ms for name, ms in one["ms"].items() if name.startswith("dense"))
+            fastest: dict[float, float] = {1.0: dense}
+            for name, promised in one["promised"].items():
+                if name.startswith("adapted"):
+                    fastest[promised] = min(one["ms"][name], fastest.get(promised, math.inf))
+            x, y = zip(*sorted((flops, ms / dense) for flops, ms in fastest.items()), strict=True)
+            name = f"{one['model']}, batch {one['batch']}"
+            line = {"color": colours[one["model"]], "dash": dashes[one["batch"]]}
+            style: dict[str, Any] = {"mode": "lines+markers", "line": line, "name": name, "legendgroup": name}
+            figure.add_trace(graph_objects.Scatter(x=x, y=y, showlegend=name not in known, **style), row=1, col=column)
+            known.add(name)
+    figure.update_xaxes(title="FLOPs / dense", range=[0, 1.05])
+    figure.update_yaxes(range=[0, 1.35])
+    figure.update_yaxes(title="latency / fastest dense", col=1)
+    figure.update_layout(template="plotly_white", width=330 * len(panels) + 260, height=420, margin={"t": 40, "b": 50})
+    figure.write_image(args.picture, scale=1.4)
+
+
 def digits(milliseconds: float) -> str:
     """With one digit after the point, or two below 10 ms."""
     return f"{milliseconds:.{1 if milliseconds >= 10 else 2}f}"
@@ -535,6 +575,7 @@ def main() -> None:
     parser.add_argument("--minilm", type=Path, help="folder of MiniLM's weights, in place of their package")
     parser.add_argument("--unseen", type=int, default=12, help="configurations for --predict")
     parser.add_argument("--report", action="store_true")
+    parser.add_argument("--picture", type=Path, help="draw Figure 3 of what there is (needs kaleido and Chrome)")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--memory", action="store_true")
     args = parser.parse_args()
@@ -549,7 +590,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if args.cpu_time:
         latency.time = SimpleNamespace(perf_counter=time.thread_time)  # type: ignore[attr-defined]
-    if args.report:
+    if args.picture is not None:
+        picture(args)
+    elif args.report:
         print(report(args))
     elif args.predict:
         predict(args)
