@@ -35,7 +35,7 @@ def test_a_wheel_holds_all_modules_templates_and_studies(installed):
     def inside(folder: Path, pattern: str) -> set[str]:
         return {str(path.relative_to(folder)) for path in folder.rglob(pattern)}
 
-    for pattern in ("*.py", "templates/*", "py.typed"):
+    for pattern in ("*.py", "*.cpp", "templates/*", "py.typed"):
         assert inside(installed / "lat_optuna", pattern) >= inside(ROOT / "lat_optuna", pattern)
     # Not the manifests of a cluster in the folder below: they are copied and edited, not run from the package.
     studies = {path.name for path in (ROOT / "studies").glob("*.yaml")}

@@ -97,7 +97,8 @@ def _votes_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) ->
         return kernels.received_op if compiling else kernels.received
     if query.device.type != "cpu" or compiling or torch._C._get_tracing_state() or kernels.is_watched(query):
         return None
-    return received_in_blocks
+    probabilities = query.size(0) * query.size(1) * query.size(2) * key.size(2)
+    return received_in_blocks if probabilities > BLOCK else None
 
 
 def received_in_blocks(

@@ -93,7 +93,7 @@ def test_context_is_plain_attention_for_the_rows_that_stay():
     torch.testing.assert_close(context, plain[torch.arange(2)[:, None], rows])
 
 
-FORMS = ["kernel", "blocks of all", "blocks of one example", "blocks of one head"]
+FORMS = ["kernel", "blocks of one example", "blocks of one head"]
 
 
 @pytest.fixture
@@ -109,7 +109,7 @@ def take(monkeypatch):
                 pytest.skip("there is no compiler")
         else:
             monkeypatch.setitem(kernels.BY_DEVICE, "cpu", None)
-            monkeypatch.setattr(forms, "BLOCK", {"all": 2**18, "one example": 3 * 20 * 20, "one head": 1}[form[10:]])
+            monkeypatch.setattr(forms, "BLOCK", {"one example": 3 * 20 * 20, "one head": 1}[form[10:]])
 
     return set_form
 
