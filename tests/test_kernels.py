@@ -6,9 +6,11 @@ Triton is installed, one test runs this file once more with its kernels in Trito
 """
 
 import os
+import platform
 import subprocess
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +281,7 @@ def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
     model = adapt(CASES[name].build(), significance=significance)
     layers = num_layers(model)
     config = LengthConfig(tuple(range(18, 18 - 2 * layers, -2)), 20)
+    monkeypatch.setattr(forms, "BLOCK", 1)  # without the kernel, votes alone as well
     for left in {False, "input_ids" in inputs_for(model, ns)}:
         batch = inputs_for(model, ns, pad_to=23, left=left)
         found = {}
@@ -438,6 +441,29 @@ def test_kernels_for_the_cpu_are_compiled_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # not a folder: nothing can be kept
     assert cpu_kernels._load().received
     assert list((tmp_path / "lat_optuna").iterdir()) == [kept]
+
+
+@pytest.mark.skipif(not cpu_kernels.available() or platform.machine() != "x86_64", reason="it is about such processors")
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3", "x86-64-v4"])
+def test_other_processors_give_the_same_votes_and_choices(march, tmp_path, monkeypatch):
+    needed = {"x86-64": "sse2", "x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[march]
+    if f" {needed} " not in Path("/proc/cpuinfo").read_text():
+        pytest.skip(f"this processor has no {needed}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flags = tuple(flag.replace("native", march) for flag in cpu_kernels.FLAGS)
+    monkeypatch.setattr(cpu_kernels, "FLAGS", flags)
+    other = cpu_kernels._library.__wrapped__()
+    for dtype in (torch.float32, torch.bfloat16):
+        for kind in MASKS:
+            query, key, _ = projections(dtype)
+            allowed, real = masks(kind)
+            here = cpu_kernels.received(query, key, allowed, real)
+            with monkeypatch.context() as patch:
+                patch.setattr(cpu_kernels, "_library", lambda: other)
+                there = cpu_kernels.received(query, key, allowed, real)
+                chosen = cpu_kernels.choose(here, real, None, None, 30, 1, 70)
+            torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
+            assert all(map(torch.equal, chosen, cpu_kernels.choose(here, real, None, None, 30, 1, 70)))
 
 
 @pytest.mark.parametrize("trouble", ["no compiler", "no C++17", "another system"])

@@ -84,19 +84,21 @@ template <typename Number> struct ByVectors {
 struct ByTiles {
     typedef bf16 Value;
     static constexpr int GROUP = 16;
+    struct alignas(64) Shapes {
+        uint8_t palette = 1, start = 0, unused[14] = {};
+        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } before;
     const int64_t size, wide, padded;
     std::vector<bf16> keys, queries;
 
     ByTiles(int64_t size, int64_t wide)
         : size(size), wide(wide), padded((size + 31) / 32 * 32), keys(padded * wide), queries(GROUP * padded) {
-        struct alignas(64) {
-            uint8_t palette = 1, start = 0, unused[14] = {};
-            uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-            uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-        } shape;
-        _tile_loadconfig(&shape);
+        const Shapes ours;
+        _tile_storeconfig(&before);
+        _tile_loadconfig(&ours);
     }
-    ~ByTiles() { _tile_release(); }
+    ~ByTiles() { before.palette ? _tile_loadconfig(&before) : _tile_release(); }
 
     // Linux wants to be asked once whether a process may use tiles.
     static bool allowed() {
