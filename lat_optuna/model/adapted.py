@@ -235,7 +235,7 @@ def _encoder_forward(original: type[nn.Module]) -> Callable[..., Any]:
             return dense(self, *args, **kwargs)
         as_tuple = not _option(self.config, arguments, "return_dict", True)
         outputs = dense(self, *args, **{**kwargs, "return_dict": True, PASS: this})
-        if self._length_mode == "restore":
+        if this.restores:
             norm = this.family.final_norm(self) if this.family.final_norm else None
             outputs.last_hidden_state = restore(this, outputs.last_hidden_state, norm)
         return outputs.to_tuple() if as_tuple else outputs
@@ -258,7 +258,7 @@ def _begin(base: Any, arguments: Mapping[str, Any], compiling: bool) -> Pass | N
     first_rows = family.protected if economical else 0
     mask = arguments.get("attention_mask")
     plan = make_plan(config, skipped, _layer_count(base), tokens, mask, first_rows, compiling, everywhere)
-    return Pass(plan, family, base.config, base._length_significance == "cls")
+    return Pass(plan, family, base.config, base._length_significance == "cls", base._length_mode == "restore")
 
 
 def _option(config: Any, arguments: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -337,7 +337,8 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
         choice, context = attend_and_choose(query, key, value, allowed, keep, known, dropout)
     if known is None:
         this.choices[index] = choice
-        this.entered[index] = hidden
+        if this.restores:
+            this.entered[index] = hidden
     return family.finish(layer, context, choice.of(hidden))
 
 

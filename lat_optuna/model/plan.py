@@ -68,8 +68,9 @@ class Pass:
         family: The model's family.
         config: The base encoder's configuration (transformers').
         choices: By layer that drops.
-        entered: Hidden states that entered a layer that drops, for :func:`restore`.
+        entered: Hidden states that entered a layer that drops, for :func:`restore`; of a pass that eliminates, none.
         by_first_row: Whether significance is the attention of the protected rows alone.
+        restores: Whether dropped vectors come back in the end; else what entered a layer need not be kept.
         masks: Masks of the rows that a layer kept, for the layers after it that drop nothing.
         groups: How many groups of shared layers ran so far (ALBERT).
     """
@@ -78,6 +79,7 @@ class Pass:
     family: Family
     config: PreTrainedConfig
     by_first_row: bool = False
+    restores: bool = False
     choices: dict[int, Choice] = field(default_factory=dict)
     entered: dict[int, torch.Tensor] = field(default_factory=dict)
     masks: dict[int, Any] = field(default_factory=dict)
