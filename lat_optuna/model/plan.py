@@ -125,14 +125,17 @@ def make_plan(
         return _symbolic_plan(config, skip_layers, tokens, attention_mask, first_rows)
     runs = [layer for layer in range(layers) if layer not in skip_layers]
     everywhere = drop_everywhere and config is not None
+    unpadded = (tokens,) * layers if config is None else config.at_length(tokens)
     if attention_mask is None:
-        lengths = (tokens,) * layers if config is None else config.at_length(tokens)
-        return _uniform(lengths, runs, layers, tokens, first_rows, everywhere)
+        return _uniform(unpadded, runs, layers, tokens, first_rows, everywhere)
 
     real = attention_mask != 0
     # Both that the host must know, how many rows are real and whether the first one is, in one number an example.
     known = torch.add(real[:, 0], real.sum(-1), alpha=2).cpu().numpy()
     padded_left = not (known & 1).all()
+    step = _granularity(tokens, attention_mask.device)
+    if known.min() >> 1 == tokens and (step == 1 or config is None):
+        return _uniform(unpadded, runs, layers, tokens, first_rows, everywhere)
     # An input without a real token (a batch filled up with empty rows) counts as one token, as nothing can attend to
     # an empty set; nobody reads its result.
     n = np.maximum(known >> 1, 1)
@@ -140,11 +143,6 @@ def make_plan(
     chain = np.concatenate([n[None], counts[runs]])
     falling = np.any(chain[1:] < chain[:-1], axis=1)
     most, least = chain.max(-1).tolist(), chain.min(-1).tolist()
-    step = _granularity(tokens, attention_mask.device)
-    if least[0] == tokens and (step == 1 or config is None):
-        kept = dict(zip(runs, most[1:], strict=True))
-        lengths = tuple(kept.get(layer, tokens) for layer in range(layers))
-        return _uniform(lengths, runs, layers, tokens, first_rows, everywhere)
 
     steps: list[Step] = []
     width, ragged, source = tokens, True, None
