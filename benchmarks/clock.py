@@ -514,6 +514,8 @@ def picture(args: argparse.Namespace) -> None:
         asked = one["model"] in args.models and one["batch"] in args.batches and one["precision"] in args.precisions
         if asked and one["workload"] == args.workloads[0] and "dense compiled" in one.get("ms", {}):
             panels[device_of(one), one["precision"]].append(one)
+    if not panels:
+        raise SystemExit(f"{args.out} has no compiled cells of these models and batches at {args.workloads[0]}")
     titles = [f"{device}, {precision}" for device, precision in panels]
     figure = make_subplots(1, len(panels), subplot_titles=titles, shared_yaxes=True)
     dashes = dict(zip(sorted(args.batches), ("dot", "dash", "dashdot", "solid")[-len(args.batches) :], strict=True))
