@@ -294,6 +294,10 @@ def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
             sum(part.square().sum() for part in parts).backward()
             found[kernel] = parts + [weights.grad for weights in model.parameters() if weights.grad is not None]
         assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
+        monkeypatch.setattr(kernels, "_run_on", lambda tensor: True)
+        with model.at(config), torch.no_grad():  # votes, choice and context at once
+            parts = [part for parts in results(model, model(**batch), ns, left) for part in parts]
+        torch.testing.assert_close(parts, [part.detach() for part in found[True][: len(parts)]], atol=1e-5, rtol=1e-4)
 
 
 def test_queries_of_kept_rows_are_not_copied_as_a_whole(monkeypatch):
@@ -378,6 +382,72 @@ def test_a_replay_keeps_to_its_rows_and_saves_the_same_tensors():
     torch.testing.assert_close(found[0][1], found[1][1])
 
 
+def at_once(query, key, value, allowed, keep):
+    """Choice and context by one kernel, which agree with the whole form in fp32. Nothing else has a context."""
+    context, rows, positions, real, flat = kernels.attend_and_choose(
+        query, key, value, allowed, keep.real, keep.counts, keep.positions, keep.width, keep.protected, keep.tokens
+    )
+    assert context.dtype == value.dtype
+    query, key, value = query.float(), key.float(), value.float()
+    probabilities = attention_probabilities(query, key, allowed)
+    votes = significance(probabilities, keep.real)
+    choice = forms.Choice(rows, positions, None if keep.counts is None else real, flat)
+    differ_at_the_cut_alone(choice, votes, keep)
+    read = real if keep.real is None else real & keep.real.gather(1, rows)
+    assert (context[~read] == 0).all()
+    expected = context_of_rows(probabilities, value, rows)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if context.dtype == torch.float32 else {"atol": 8e-2, "rtol": 5e-2}
+    torch.testing.assert_close(context[read].float(), expected[read], **tolerance)
+    return context, rows
+
+
+once = pytest.mark.skipif(not cpu_kernels.available() or INTERPRETED, reason="there is no compiler")
+
+
+@once
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("kind", MASKS)
+def test_votes_choice_and_context_at_once(kind, dtype):
+    parts = [part.cpu() for part in projections(dtype)]
+    allowed, real = (each if each is None else each.cpu() for each in masks(kind))
+    at_once(*parts, allowed, keep_for(real))
+    if real is not None:  # more rows than are real
+        at_once(*parts, allowed, Keep(60, None, real))
+
+
+@once
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("size", [7, 8, 20, 64, 96, 160])
+@pytest.mark.parametrize("n", [1, 31, 64, 130])
+def test_all_head_sizes_and_numbers_of_rows_at_once(n, size, dtype):
+    parts = [part.cpu() for part in projections(dtype, n, 2, 3, size)]
+    at_once(*parts, None, Keep((n + 1) // 2))
+    real = torch.arange(n) < torch.tensor([[n], [n // 2 + 1]])
+    at_once(*parts, real[:, None, None], keep_for(real, n, (n + 1) // 2))
+
+
+@once
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_inputs_whose_weights_are_made_again(dtype):
+    parts = projections(dtype, 3000, 1, 2)  # 36 MB of weights in bf16
+    at_once(*(part.cpu() for part in parts), None, Keep(1000))
+
+
+@once
+@pytest.mark.parametrize("batch", [1, 5])
+def test_at_once_gives_the_same_with_any_number_of_threads_and_in_any_batch(batch):
+    parts = [part.cpu().contiguous() for part in projections(torch.bfloat16, batch=5)]
+    alone = [each[:batch] for each in at_once(*parts, None, Keep(30))]
+    threads = torch.get_num_threads()
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            found = at_once(*(part[:batch] for part in parts), None, Keep(30))
+            assert all(torch.equal(*pair) for pair in zip(found, alone, strict=True))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_dropout_is_that_of_the_context_alone():
     query, key, value = projections(torch.float32)
     choice, context = attend_and_choose(query, key, value, None, Keep(30))
@@ -425,7 +495,9 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
         assert counted[-1] <= counted[0] + (training and DEVICE == "cuda")
         if KERNEL:
             targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
-            for name in ("received", "choose"):
+            for name in (
+                ("received", "choose") if training or DEVICE == "cuda" or INTERPRETED else ("attend_and_choose",)
+            ):
                 assert any(f"lat_optuna.{name}" in target for target in targets)
 
 
@@ -455,13 +527,19 @@ def test_other_processors_give_the_same_votes_and_choices(march, tmp_path, monke
     other = cpu_kernels._library.__wrapped__()
     for dtype in (torch.float32, torch.bfloat16):
         for kind in MASKS:
-            query, key, _ = projections(dtype)
+            query, key, value = projections(dtype)
             allowed, real = masks(kind)
             here = cpu_kernels.received(query, key, allowed, real)
+            context = cpu_kernels.attend_and_choose(query, key, value, allowed, real, None, None, 70, 1, 70)[0]
             with monkeypatch.context() as patch:
                 patch.setattr(cpu_kernels, "_library", lambda: other)
                 there = cpu_kernels.received(query, key, allowed, real)
                 chosen = cpu_kernels.choose(here, real, None, None, 30, 1, 70)
+                other_context = cpu_kernels.attend_and_choose(query, key, value, allowed, real, None, None, 70, 1, 70)[
+                    0
+                ]
+            near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 5e-2, "rtol": 5e-2}
+            torch.testing.assert_close(context, other_context, **near)
             torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
             assert all(map(torch.equal, chosen, cpu_kernels.choose(here, real, None, None, 30, 1, 70)))
 

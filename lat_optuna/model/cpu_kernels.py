@@ -1,4 +1,4 @@
-"""Significance on a CPU without probabilities in memory, and the choice of rows without a sort: ``cpu_kernels.cpp``.
+"""Attention of a layer that drops on a CPU, votes and choice of rows included: ``cpu_kernels.cpp``.
 
 It is compiled for this processor when first needed, which takes a second, and kept in the user's cache. Without a C++
 compiler, or where the compiler cannot make it, there are no such kernels, and torch's operators do the work.
@@ -10,6 +10,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lat_optuna.model.rows import Chosen, empty_choice
+from lat_optuna.model.rows import Attended, Chosen, empty_choice
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("c++", "g++", "clang++")
@@ -29,7 +30,6 @@ FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
 
 _logger = logging.getLogger(__name__)
-_Strides = ctypes.c_int64 * 4
 
 
 def fits(query: torch.Tensor) -> bool:
@@ -56,10 +56,11 @@ def _library() -> Any:
         reason = getattr(error, "stderr", None) or error
         _logger.info("layers that drop take longer, as there are no kernels for this CPU: %s", reason)
         return None
-    number, real, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-    loaded.received.argtypes = [ctypes.c_int, *[address] * 5, *[number] * 4, real, *[address] * 3]
-    loaded.choose.argtypes = [*[address] * 8, *[number] * 5]
-    loaded.received.restype = loaded.choose.restype = None
+    number, address, of = ctypes.c_int, ctypes.c_void_p, ctypes.POINTER
+    loaded.received.argtypes = [number, of(_Projections), address]
+    loaded.attend_and_choose.argtypes = [number, of(_Projections), of(_Chooser), address]
+    loaded.choose.argtypes = [address, of(_Chooser), ctypes.c_int64]
+    loaded.received.restype = loaded.attend_and_choose.restype = loaded.choose.restype = None
     return loaded
 
 
@@ -97,34 +98,39 @@ def received(
     query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
 ) -> torch.Tensor:
     """See :func:`lat_optuna.model.kernels.received`."""
-    query, key = (_readable(each) for each in (query, key))
-    batch, heads, n, size = query.shape
-    made = torch.empty((batch, heads, n), dtype=torch.float32)
-    of_allowed = (0, 0, 0, 0) if allowed is None else allowed.expand(batch, heads, n, n).stride()
+    query, key = _readable(query), _readable(key)
+    made = torch.empty(query.shape[:3], dtype=torch.float32)
     real = None if real is None else real.contiguous()
-    _library().received(
-        KINDS[query.dtype],
-        query.data_ptr(),
-        key.data_ptr(),
-        _address(allowed),
-        _address(real),
-        made.data_ptr(),
-        batch,
-        heads,
-        n,
-        size,
-        size**-0.5 * 1.4426950408889634,  # log2(e): powers of two are what is cheap
-        _Strides(*query.stride()),
-        _Strides(*key.stride()),
-        _Strides(*of_allowed),
-    )
+    _library().received(KINDS[query.dtype], _projections(query, key, key, allowed, real), made.data_ptr())
     return made.sum(1)
 
 
-def _readable(projection: torch.Tensor) -> torch.Tensor:
-    if projection.dtype == torch.float16:
-        projection = projection.float()
-    return projection if projection.stride(3) == 1 else projection.contiguous()
+def attend_and_choose(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    real: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> Attended:
+    """See :func:`lat_optuna.model.kernels.attend_and_choose`."""
+    dtype = value.dtype
+    query, key, value = _readable(query), _readable(key), _readable(value)
+    batch, heads, n, size = query.shape
+    made = empty_choice(query, width)
+    context = torch.empty((batch, width, heads * size), dtype=value.dtype)
+    real, counts, positions = _contiguous(real), _contiguous(counts), _contiguous(positions)
+    _library().attend_and_choose(
+        KINDS[query.dtype],
+        _projections(query, key, value, allowed, real),
+        _Chooser(*map(_address, (real, counts, positions, *made)), n, width, protected, tokens),
+        context.data_ptr(),
+    )
+    return context.to(dtype), *made
 
 
 def choose(
@@ -139,9 +145,52 @@ def choose(
     """See :func:`lat_optuna.model.kernels.choose`."""
     batch, n = votes.shape
     made = empty_choice(votes, width)
-    given = [None if each is None else each.contiguous() for each in (votes, real, counts, positions)]
-    _library().choose(*map(_address, given), *map(_address, made), batch, n, width, protected, tokens)
+    votes, real, counts, positions = votes.contiguous(), *map(_contiguous, (real, counts, positions))
+    chooser = _Chooser(*map(_address, (real, counts, positions, *made)), n, width, protected, tokens)
+    _library().choose(votes.data_ptr(), chooser, batch)
     return made
+
+
+class _Projections(ctypes.Structure):
+    """``Projections`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "allowed", "real")),
+        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "size")),
+        ("scale", ctypes.c_double),
+        ("strides", ctypes.c_int64 * 16),
+    ]
+
+
+class _Chooser(ctypes.Structure):
+    """``Chooser`` of the source."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("real", "counts", "positions")),
+        *((f"to_{name}", ctypes.c_void_p) for name in ("rows", "positions", "real", "flat")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "protected", "tokens")),
+    ]
+
+
+def _projections(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
+) -> _Projections:
+    batch, heads, n, size = query.shape
+    of_allowed = (0, 0, 0, 0) if allowed is None else allowed.expand(batch, heads, n, n).stride()
+    strides = (*query.stride(), *key.stride(), *value.stride(), *of_allowed)
+    addresses = map(_address, (query, key, value, allowed, real))
+    # By log2(e), too: powers of two are what is cheap.
+    return _Projections(*addresses, batch, heads, n, size, size**-0.5 * math.log2(math.e), strides)
+
+
+def _readable(projection: torch.Tensor) -> torch.Tensor:
+    if projection.dtype == torch.float16:
+        projection = projection.float()
+    return projection if projection.stride(3) == 1 else projection.contiguous()
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _address(tensor: torch.Tensor | None) -> int | None:

@@ -1,7 +1,8 @@
-"""Kernels of ours: significance without probabilities in memory, and the choice of rows without a sort.
+"""Kernels of ours: significance without all probabilities in memory, and the choice of rows without a sort.
 
-``cuda_kernels.py`` has them for GPUs (in Triton), ``cpu_kernels.cpp`` for CPUs. Both are tested against torch's
-operators, which do the work where there are none. In graphs they are operators of torch.
+``cuda_kernels.py`` has them for GPUs (in Triton), ``cpu_kernels.cpp`` for CPUs, with the context of the rows that stay
+in the same pass. Both are tested against torch's operators, which do the work where there are none. In graphs they are
+operators of torch.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from lat_optuna.model import cpu_kernels
-from lat_optuna.model.rows import Chosen, empty_choice, is_exporting
+from lat_optuna.model.rows import Attended, Chosen, empty_choice, is_exporting
 
 try:
     from lat_optuna.model import cuda_kernels
@@ -70,6 +71,44 @@ def received(
     return _of(query).received(query, key, allowed, real)
 
 
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether :func:`attend_and_choose` works for these projections: on a CPU, without gradients."""
+    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    return query.device.type == "cpu" and not learning and fit(query, key, value)
+
+
+def attend_and_choose(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: torch.Tensor | None,
+    real: torch.Tensor | None,
+    counts: torch.Tensor | None,
+    positions: torch.Tensor | None,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> Attended:
+    """:func:`received`, :func:`choose` and the context of the rows that stay, at once. No gradient.
+
+    Args:
+        query: (batch, heads, rows, head size), with any strides.
+        key: The same of the keys.
+        value: The same of the values.
+        allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
+        real: (batch, rows) bool; ``None`` where nothing is padding. Padding does not vote.
+        counts: See :func:`choose`, as for what follows.
+        positions: (batch, rows).
+        width: Rows to keep, of the example that keeps most.
+        protected: How many of the first real rows always stay.
+        tokens: The position of filler.
+
+    Returns:
+        The context, (batch, width, heads * head size), zero of filler and padding; and what :func:`choose` returns.
+    """
+    return _of(query).attend_and_choose(query, key, value, allowed, real, counts, positions, width, protected, tokens)
+
+
 def choose(
     votes: torch.Tensor,
     real: torch.Tensor | None,
@@ -112,3 +151,24 @@ choose_op = torch.library.custom_op("lat_optuna::choose", choose, mutates_args=(
 @choose_op.register_fake
 def _(votes: torch.Tensor, real: Any, counts: Any, positions: Any, width: int, protected: int, tokens: int) -> Chosen:
     return empty_choice(votes, width)
+
+
+attend_and_choose_op = torch.library.custom_op("lat_optuna::attend_and_choose", attend_and_choose, mutates_args=())
+""":func:`attend_and_choose` as one node of a graph."""
+
+
+@attend_and_choose_op.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    allowed: Any,
+    real: Any,
+    counts: Any,
+    positions: Any,
+    width: int,
+    protected: int,
+    tokens: int,
+) -> Attended:
+    context = value.new_empty((query.size(0), width, query.size(1) * value.size(3)))
+    return context, *empty_choice(query, width)

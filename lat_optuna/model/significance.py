@@ -2,9 +2,9 @@
 
 A layer that drops asks for three things: probabilities, the rows that they tell to keep, and the context of these
 rows. :func:`attend_and_choose` gives the last two. Where a kernel of ours runs (``kernels.py``), it gives votes without
-probabilities in memory, and torch's attention then gives the context; on a CPU without a compiler, votes come from
-blocks of probabilities. Everywhere else (export, fp32 on GPUs) probabilities are written down once, for both. All are
-tested against :func:`reference_rows`, the definition.
+all probabilities in memory, and torch's attention then gives the context; on a CPU without gradients the kernel gives
+both at once. On a CPU without a compiler, votes come from blocks of probabilities. Everywhere else (export, fp32 on
+GPUs) probabilities are written down once, for both. All are tested against :func:`reference_rows`, the definition.
 """
 
 from __future__ import annotations
@@ -71,6 +71,12 @@ def attend_and_choose(
     Returns:
         The choice, and its rows' context (batch, kept, heads * head size).
     """
+    if known is None and not dropout and kernels.attend(query, key, value):
+        kernel = kernels.attend_and_choose_op if torch.compiler.is_compiling() else kernels.attend_and_choose
+        context, rows, positions, real, flat = kernel(
+            query, key, value, allowed, keep.real, keep.counts, keep.positions, keep.width, keep.protected, keep.tokens
+        )
+        return Choice(rows, positions, None if keep.counts is None else real, flat), context
     received = _votes_alone(query, key, value)
     if received is None:
         probabilities = attention_probabilities(query, key, allowed)

@@ -263,8 +263,9 @@ def test_gradient_checkpointing_replays_layers_to_the_same_gradients(name, reent
     found = _gradients(model, batch, config)
     assert calls[0] > num_layers(model)
     assert found.keys() == expected.keys()
-    for weights, gradient in expected.items():
-        torch.testing.assert_close(found[weights], gradient, atol=1e-4, rtol=1e-4, msg=weights)
+    for weights, gradient in expected.items():  # sums of large numbers: a first run in no_grad rounds otherwise
+        near = {"atol": 1e-4 + 1e-6 * gradient.abs().max().item(), "rtol": 1e-4}
+        torch.testing.assert_close(found[weights], gradient, **near, msg=weights)
 
 
 def _count_calls(model):

@@ -103,6 +103,7 @@ def take(monkeypatch):
     def set_form(form):
         monkeypatch.undo()
         if form == "whole":
+            monkeypatch.setattr(kernels, "attend", lambda *args: False)
             monkeypatch.setattr(forms, "_votes_alone", lambda *args: None)
         elif form == "kernel":
             if not cpu_kernels.available():
@@ -131,12 +132,15 @@ def test_in_every_form_the_same_rows_stay_and_attend(take, dtype, form, masked):
     with torch.no_grad():  # with gradients, low precision attends in fp32 on a CPU
         other_choice, other_context = attend_and_choose(query, key, value.float(), allowed, keep)
         low = attend_and_choose(query.to(dtype), key.to(dtype), value, allowed, keep)
+    read = slice(None) if choice.real is None else choice.real
     assert torch.equal(choice.rows, other_choice.rows)
-    torch.testing.assert_close(context, other_context)
+    torch.testing.assert_close(context[read], other_context[read])
     # Query and key are numbers of the low precision: it loses nothing on the scores.
     assert torch.equal(choice.rows, low[0].rows)
     assert low[1].dtype == dtype
-    torch.testing.assert_close(low[1].float(), context, atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2)
+    torch.testing.assert_close(
+        low[1][read].float(), context[read], atol=2e-2 if dtype != torch.float32 else 1e-5, rtol=2e-2
+    )
 
 
 @pytest.mark.parametrize("form", ["kernel", "blocks of one head"])
