@@ -1,9 +1,9 @@
-"""torch's kernels of attention, where every input has another shape."""
+"""Switches of torch's that pay for models of many lengths."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -22,3 +22,16 @@ def without_cudnn_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def weights_in_graphs(device: torch.device) -> AbstractContextManager[object]:
+    """What ``torch.compile`` makes for a CPU in this block has the weights in it, as its products want them (freezing).
+
+    Otherwise every call casts them (autocast) and lays them out again, which for few tokens takes longer than the
+    products. For inference alone: a graph does not see what happens to the weights later.
+    """
+    if device.type != "cpu":
+        return nullcontext()
+    import torch._inductor.config
+
+    return torch._inductor.config.patch(freezing=True)

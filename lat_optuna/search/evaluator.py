@@ -220,6 +220,7 @@ class ModelEvaluator:
         retention: Of all configurations; by default relative, or absolute where the protocol is ``"padded"``.
         precision: ``"bf16"`` is autocast.
         compiled: Run configurations through ``torch.compile``: one graph for all of them, in which every layer gathers.
+            On a CPU the weights are part of it: changing them later changes nothing.
         racing: When a configuration is abandoned, and in which order examples are looked at then. Evaluations tell
             their scores example by example. Without effect on a task that cannot (see :class:`lat_optuna.tasks.Task`).
 
@@ -456,13 +457,14 @@ class ModelEvaluator:
         import numpy as np
         import torch
 
-        from lat_optuna.model.backends import without_cudnn_attention
+        from lat_optuna.model.backends import weights_in_graphs, without_cudnn_attention
 
         reduced = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
         at = self.model.at(config, drop_everywhere=self.compiled)
         # Graphs differ between batches of one example and of more, with padding and without.
         graphs = torch._dynamo.config.patch(recompile_limit=64) if self.compiled else nullcontext()
-        with torch.inference_mode(), without_cudnn_attention(), reduced, at, graphs:
+        packed = weights_in_graphs(self.device) if self.compiled else nullcontext()
+        with torch.inference_mode(), without_cudnn_attention(), reduced, at, graphs, packed:
             # All batches are under way before the first result is asked for: the device never waits for the host.
             outputs = [self._run_model(**batch.inputs) for batch in chunk.batches]
         log_probs = getattr(self.task, "log_probs", None)

@@ -68,8 +68,13 @@ def test_values_are_those_of_single_examples(model, task, tokens_per_batch, conf
 
 
 def test_compiled_values_are_the_same_and_configurations_share_their_graphs(model, task, monkeypatch):
-    counter, original = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=counter, **options))
+    counter, original, freezing = CompileCounter(), torch.compile, []
+
+    def backend(graph, inputs):
+        freezing.append(torch._inductor.config.freezing)
+        return counter(graph, inputs)
+
+    monkeypatch.setattr(torch, "compile", lambda model, **options: original(model, backend=backend, **options))
     torch.compiler.reset()
     plain = ModelEvaluator(copy.deepcopy(model), task, tokens_per_batch=70)
     compiled = ModelEvaluator(model, task, tokens_per_batch=70, compiled=True)
@@ -82,6 +87,8 @@ def test_compiled_values_are_the_same_and_configurations_share_their_graphs(mode
         counted.append(counter.frame_count)
     assert counted[0] > 0
     assert counted[0] == counted[-1]
+    assert all(freezing[1:])  # the first one was made to see whether there is a compiler
+    assert not torch._inductor.config.freezing
     assert compiled.identity()["precision"] == compiled.arithmetic == "fp32, compiled"
     assert compiled.on("validation").compiled
     assert compiled.on("validation", exact=True).arithmetic == "fp32"
