@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests import in_process
 from tests.tiny_text import sentences, tiny_checkpoint, write_parquet
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -202,7 +203,7 @@ def test_a_database_of_another_checkpoint_is_refused(finished, tmp_path):
 def test_wrong_use_is_one_clear_line_and_exit_code_2(finished, tmp_path, arguments, message):
     _, study, _ = finished
     filled = [argument.format(study=study, new=tmp_path / "new") for argument in arguments]
-    done = run(*filled)
+    done = in_process.run(*filled)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -223,7 +224,7 @@ def test_what_cannot_be_had_is_named(finished, tmp_path, setting, message):
     (tmp_path / "text.db").write_text("this is not a database, but it is long enough to be looked at" * 100)
     verb = "search" if setting.startswith("storage") else "train"
     output = [] if verb == "search" or setting.startswith("output") else ["--set", f"output={tmp_path / 'new'}"]
-    done = run(verb, study, *output, "--set", setting.format(folder=tmp_path))
+    done = in_process.run(verb, study, *output, "--set", setting.format(folder=tmp_path))
     assert done.returncode in (1, 2), done.stderr
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -239,7 +240,7 @@ def test_an_unsupported_architecture_is_named_with_those_that_are_supported(tmp_
     config = GPT2Config(vocab_size=200, n_embd=16, n_layer=2, n_head=2, n_positions=64, pad_token_id=0)
     GPT2ForSequenceClassification(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    done = run("train", study, "--set", f"model.checkpoint={folder}")
+    done = in_process.run("train", study, "--set", f"model.checkpoint={folder}")
     assert done.returncode == 1
     assert "gpt2" in done.stderr
     assert "distilbert" in done.stderr
