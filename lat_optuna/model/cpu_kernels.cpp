@@ -8,7 +8,13 @@
 #include <limits>
 #include <new>
 #include <omp.h>
+#include <optional>
+#include <tuple>
 #include <type_traits>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -18,6 +24,8 @@
 #include <unistd.h>
 #define TILES
 #endif
+
+namespace {
 
 #ifdef __AVX512F__
 constexpr int LANES = 16, ROWS = 6, COLUMNS = 4, LINES = 12;
@@ -30,6 +38,7 @@ constexpr float LOWEST = -std::numeric_limits<float>::max(), NOTHING = -std::num
 typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
 typedef uint16_t bf16;
+typedef _Float16 fp16;
 
 struct Strides {
     int64_t example, head, row, column;
@@ -48,11 +57,12 @@ template <typename Number> struct Buffer {
     operator Number *() const { return start; }
 };
 
-static inline floats &at(float *from) { return *reinterpret_cast<floats *>(from); }
-static inline floats at(const float *from) { return *reinterpret_cast<const floats *>(from); }
-static inline floats larger(floats a, floats b) { return a > b ? a : b; }
-static inline float number(float value) { return value; }
-static inline float number(bf16 bits) {
+inline floats &at(float *from) { return *reinterpret_cast<floats *>(from); }
+inline floats at(const float *from) { return *reinterpret_cast<const floats *>(from); }
+inline floats larger(floats a, floats b) { return a > b ? a : b; }
+inline float number(float value) { return value; }
+inline float number(fp16 value) { return static_cast<float>(value); }
+inline float number(bf16 bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
     std::memcpy(&value, &wide, 4);
@@ -60,7 +70,7 @@ static inline float number(bf16 bits) {
 }
 
 // A column of a matrix: 4 bytes of as many rows as there are, which lie `apart` bytes.
-static inline ints column(const void *from, int64_t apart, int64_t rows) {
+inline ints column(const void *from, int64_t apart, int64_t rows) {
     ints found{};
 #ifdef __AVX512F__
     const ints lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}, at = lanes * static_cast<int32_t>(apart);
@@ -77,7 +87,7 @@ static inline ints column(const void *from, int64_t apart, int64_t rows) {
     return found;
 }
 
-static inline float highest(floats of) {
+inline float highest(floats of) {
 #ifdef __AVX512F__
     return _mm512_reduce_max_ps(reinterpret_cast<__m512>(of));
 #else
@@ -86,7 +96,7 @@ static inline float highest(floats of) {
     return most;
 #endif
 }
-static inline float sum_of(floats of) {
+inline float sum_of(floats of) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps(reinterpret_cast<__m512>(of));
 #else
@@ -96,8 +106,11 @@ static inline float sum_of(floats of) {
 #endif
 }
 
-static inline void put(float *to, floats values) { at(to) = values; }
-static inline void put(bf16 *to, floats values) {  // rounds to the nearest, and to the even one of two
+inline void put(float *to, floats values) { at(to) = values; }
+inline void put(fp16 *to, floats values) {
+    for (int lane = 0; lane < LANES; lane++) to[lane] = static_cast<fp16>(values[lane]);
+}
+inline void put(bf16 *to, floats values) {  // rounds to the nearest, and to the even one of two
 #ifdef __AVX512BF16__
     const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(values));
     std::memcpy(to, &narrow, sizeof(narrow));
@@ -111,7 +124,7 @@ static inline void put(bf16 *to, floats values) {  // rounds to the nearest, and
 #endif
 }
 // The first numbers of a row.
-template <typename Value> static inline void put(Value *to, const float *from, int64_t many, float share) {
+template <typename Value> inline void put(Value *to, const float *from, int64_t many, float share) {
     int64_t d = 0;
     for (; d + LANES <= many; d += LANES) put(to + d, at(from + d) * share);
     if (d == many) return;
@@ -123,7 +136,7 @@ template <typename Value> static inline void put(Value *to, const float *from, i
 }
 
 // 2 to the power of x <= 0 with a relative error of 2e-7; a power below the smallest normal number is zero.
-static inline floats power_of_two(floats x) {
+inline floats power_of_two(floats x) {
     const float round = 12582912.0f + 127.0f;  // 1.5 * 2^23 leaves whole numbers, in the lowest bits; 127 is 2^0
     x = larger(x, floats{} - 127.0f);
     const floats whole = x + round, rest = x - (whole - round);
@@ -154,7 +167,8 @@ template <typename Number> struct ByVectors {
                 if constexpr (std::is_same_v<Number, float>)
                     at(&keys[d * wide + j]) = reinterpret_cast<floats>(column(key + j * apart + d, apart * 4, n - j));
                 else
-                    for (int64_t i = j; i < std::min(n, j + LANES); i++) keys[d * wide + i] = number(key[i * apart + d]);
+                    for (int64_t i = j; i < std::min(n, j + LANES); i++)
+                        keys[d * wide + i] = number(key[i * apart + d]);
     }
 
     void forget(int64_t j) {
@@ -390,8 +404,8 @@ template <typename Product> struct Head {
         return scores;
     }
 
-    // What every key receives from the queries that vote. Of these, in their order, `powers` are kept in `weights` (rows
-    // for as many as keys and GROUP more) and `shares`, unless they are null.
+    // What every key receives from the queries that vote. Of these, in their order, `powers` are kept in `weights`
+    // (rows for as many as keys and GROUP more) and `shares`, unless they are null.
     void vote(int64_t example, int64_t head, float *votes, Weight *weights, float *shares) {
         const uint8_t *voting = of.real ? of.real + example * n : nullptr;
         look_at(example, head);
@@ -448,11 +462,11 @@ template <typename Product> struct Head {
     }
 };
 
-static int64_t filled(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
+int64_t filled(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
 
 // All heads of all examples: what every key receives. `out`: (batch, heads, n).
 template <typename Product>
-static void receive(const Layer<typename Product::Value> &of, float *out) {
+void receive(const Layer<typename Product::Value> &of, float *out) {
     const int64_t wide = filled(of.n);
     // As many threads as torch has: another number would end threads and begin them again.
 #pragma omp parallel
@@ -516,10 +530,11 @@ struct Chooser {
 // Votes, choice and context, of so many examples at a time that no thread is idle for long. What votes were made of is
 // kept for the context while it stays in a core's own cache; more of it is faster made again.
 template <typename Product>
-static void attend(const Layer<typename Product::Value> &of, const Chooser &choose, typename Product::Value *context) {
+void attend(const Layer<typename Product::Value> &of, const Chooser &choose, typename Product::Value *context) {
     typedef typename Product::Weight Weight;
     const int64_t n = of.n, heads = of.heads, width = choose.width, wide = filled(n), threads = omp_get_max_threads(),
-                  together = std::min(of.batch, (4 * threads + heads - 1) / heads), of_head = (n + Product::GROUP) * wide;
+                  together = std::min(of.batch, (4 * threads + heads - 1) / heads),
+                  of_head = (n + Product::GROUP) * wide;
     const bool keeps = together * heads * of_head * int64_t{sizeof(Weight)} <= threads * MOST;
     Buffer<Weight> weights(keeps ? together * heads * of_head : 0);
     Buffer<float> votes(together * heads * wide), shares(together * heads * n);
@@ -560,46 +575,130 @@ static void attend(const Layer<typename Product::Value> &of, const Chooser &choo
     }
 }
 
-// Calls with a Product for the numbers of `kind`: 0 fp32, 1 bf16. Tiles want heads of an even size.
-template <typename Call> static void with_product(int kind, [[maybe_unused]] bool even, const Call &call) {
-    if (kind == 0) return call(static_cast<ByVectors<float> *>(nullptr));
+// ---------------------------------------------------------------------------- what torch calls; see kernels.py
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+typedef std::optional<Tensor> Perhaps;
+typedef std::tuple<Tensor, Tensor, Tensor, Tensor> Chosen;
+
+template <typename Number> Number *numbers(const Tensor &of) { return static_cast<Number *>(of.data_ptr()); }
+template <typename Number> const Number *numbers(const Perhaps &of) {
+    return of ? numbers<const Number>(*of) : nullptr;
+}
+Perhaps together(const Perhaps &of) {
+    return of && !of->is_contiguous() ? torch::stable::contiguous(*of) : of;
+}
+// The numbers of a query, of a key and of a value lie side by side.
+Tensor readable(const Tensor &of) { return of.stride(3) == 1 ? of : torch::stable::contiguous(of); }
+
+Strides strides(const Tensor &of) { return {of.stride(0), of.stride(1), of.stride(2), of.stride(3)}; }
+// As if it had been expanded to (example, head, row, column).
+Strides strides(const Perhaps &of) {
+    int64_t found[4] = {};
+    for (int64_t d = 0, missing = of ? 4 - of->dim() : 0; of && d < of->dim(); d++)
+        if (of->size(d) > 1) found[missing + d] = of->stride(d);
+    return {found[0], found[1], found[2], found[3]};
+}
+
+// Calls with a Product for a kind of numbers. Tiles want heads of an even size.
+template <typename Call> void with_product(const Tensor &query, const Call &call) {
+    if (query.scalar_type() == ScalarType::Float) return call(static_cast<ByVectors<float> *>(nullptr));
+    if (query.scalar_type() == ScalarType::Half) return call(static_cast<ByVectors<fp16> *>(nullptr));
 #ifdef TILES
-    if (even && ByTiles::allowed()) return call(static_cast<ByTiles *>(nullptr));
+    if (query.size(3) % 2 == 0 && ByTiles::allowed()) return call(static_cast<ByTiles *>(nullptr));
 #endif
     call(static_cast<ByVectors<bf16> *>(nullptr));
 }
 
-struct Projections {
-    const void *query, *key, *value;
-    const uint8_t *allowed, *real;
-    int64_t batch, heads, n, size;
-    double scale;
-    Strides of_query, of_key, of_value, of_allowed;
-
-    template <typename Value> Layer<Value> of(const Value *) const {
-        return {static_cast<const Value *>(query), static_cast<const Value *>(key), static_cast<const Value *>(value),
-                allowed, real, batch, heads, n, size, static_cast<float>(scale), of_query, of_key, of_value, of_allowed};
-    }
-};
-
-extern "C" void received(int kind, const Projections *of, float *out) {
-    with_product(kind, of->size % 2 == 0, [&]<typename Product>(const Product *) {
-        receive<Product>(of->of(static_cast<typename Product::Value *>(nullptr)), out);
-    });
+template <typename Value>
+Layer<Value> layer(const Tensor &query, const Tensor &key, const Tensor &value, const Perhaps &allowed,
+                          const Perhaps &real) {
+    const int64_t size = query.size(3);
+    return {numbers<const Value>(query),
+            numbers<const Value>(key),
+            numbers<const Value>(value),
+            numbers<uint8_t>(allowed),
+            numbers<uint8_t>(real),
+            query.size(0),
+            query.size(1),
+            query.size(2),
+            size,
+            static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(size)),  // powers of two are what is cheap
+            strides(query),
+            strides(key),
+            strides(value),
+            strides(allowed)};
 }
 
-extern "C" void attend_and_choose(int kind, const Projections *of, const Chooser *choose, void *context) {
-    with_product(kind, of->size % 2 == 0, [&]<typename Product>(const Product *) {
+Chosen empty(const Tensor &like, int64_t batch, int64_t width) {
+    const Tensor rows = torch::stable::new_empty(like, {batch, width}, ScalarType::Long);
+    return {rows, torch::stable::new_empty(like, {batch, width}, ScalarType::Long),
+            torch::stable::new_empty(like, {batch, width}, ScalarType::Bool),
+            torch::stable::new_empty(like, {batch * width}, ScalarType::Long)};
+}
+
+Chooser chooser(const Chosen &to, const Perhaps &real, const Perhaps &counts, const Perhaps &positions,
+                       int64_t n, int64_t width, int64_t guarded, int64_t tokens) {
+    const auto &[rows, to_positions, to_real, flat] = to;
+    return {numbers<uint8_t>(real), numbers<int64_t>(counts), numbers<int64_t>(positions), numbers<int64_t>(rows),
+            numbers<int64_t>(to_positions), numbers<uint8_t>(to_real), numbers<int64_t>(flat), n, width, guarded,
+            tokens};
+}
+
+Tensor received(const Tensor query, const Tensor key, const Perhaps allowed, const Perhaps real) {
+    const Tensor queries = readable(query), keys = readable(key);
+    const Perhaps voting = together(real);
+    const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2);
+    const Tensor made = torch::stable::new_empty(query, {batch, n}, ScalarType::Float);
+    Buffer<float> by_head(batch * heads * n);
+    with_product(query, [&]<typename Product>(const Product *) {
+        receive<Product>(layer<typename Product::Value>(queries, keys, keys, allowed, voting), by_head);
+    });
+    float *to = numbers<float>(made);
+    std::fill_n(to, batch * n, 0.0f);
+    for (int64_t task = 0; task < batch * heads; task++)
+        for (int64_t j = 0; j < n; j++) to[task / heads * n + j] += by_head[task * n + j];
+    return made;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
+attend_and_choose(const Tensor query, const Tensor key, const Tensor value, const Perhaps allowed, const Perhaps real,
+                  const Perhaps counts, const Perhaps positions, int64_t width, int64_t guarded, int64_t tokens) {
+    const Tensor queries = readable(query), keys = readable(key), values = readable(value);
+    const Perhaps voting = together(real), many = together(counts), places = together(positions);
+    const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2), size = query.size(3);
+    const Chosen to = empty(query, batch, width);
+    const Chooser choose = chooser(to, voting, many, places, n, width, guarded, tokens);
+    const Tensor context = torch::stable::new_empty(query, {batch, width, heads * size});
+    with_product(query, [&]<typename Product>(const Product *) {
         typedef typename Product::Value Value;
-        attend<Product>(of->of(static_cast<Value *>(nullptr)), *choose, static_cast<Value *>(context));
+        attend<Product>(layer<Value>(queries, keys, values, allowed, voting), choose, numbers<Value>(context));
     });
+    return std::tuple_cat(std::make_tuple(context), to);
 }
 
-extern "C" void choose(const float *votes, const Chooser *choose, int64_t batch) {
-#pragma omp parallel if (batch * choose->n > 32768)
+Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions,
+                     int64_t width, int64_t guarded, int64_t tokens) {
+    const Tensor given = *together(Perhaps(votes));
+    const Perhaps counted = together(real), many = together(counts), places = together(positions);
+    const int64_t batch = votes.size(0), n = votes.size(1);
+    const Chosen to = empty(votes, batch, width);
+    const Chooser choose = chooser(to, counted, many, places, n, width, guarded, tokens);
+    const float *received = numbers<const float>(given);
+#pragma omp parallel if (batch * n > 32768)
     {
-        Buffer<int32_t> order(choose->n);
+        Buffer<int32_t> order(n);
 #pragma omp for schedule(static)
-        for (int64_t example = 0; example < batch; example++) (*choose)(example, votes + example * choose->n, order);
+        for (int64_t example = 0; example < batch; example++) choose(example, received + example * n, order);
     }
+    return to;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(lat_optuna, CPU, library) {
+    library.impl("received", TORCH_BOX(&received));
+    library.impl("choose", TORCH_BOX(&choose));
+    library.impl("attend_and_choose", TORCH_BOX(&attend_and_choose));
 }

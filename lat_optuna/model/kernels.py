@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lat_optuna.model import cpu_kernels
-from lat_optuna.model.rows import Attended, Chosen, empty_choice, is_exporting
+from lat_optuna.model.rows import Chosen, empty_choice, is_exporting
 
 try:
     from lat_optuna.model import cuda_kernels
@@ -72,41 +72,9 @@ def received(
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether :func:`attend_and_choose` works for these projections: on a CPU, without gradients."""
+    """Whether :data:`attend_and_choose` works for these projections: on a CPU, without gradients."""
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return query.device.type == "cpu" and not learning and fit(query, key, value)
-
-
-def attend_and_choose(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    allowed: torch.Tensor | None,
-    real: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    width: int,
-    protected: int,
-    tokens: int,
-) -> Attended:
-    """:func:`received`, :func:`choose` and the context of the rows that stay, at once. No gradient.
-
-    Args:
-        query: (batch, heads, rows, head size), with any strides.
-        key: The same of the keys.
-        value: The same of the values.
-        allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
-        real: (batch, rows) bool; ``None`` where nothing is padding. Padding does not vote.
-        counts: See :func:`choose`, as for what follows.
-        positions: (batch, rows).
-        width: Rows to keep, of the example that keeps most.
-        protected: How many of the first real rows always stay.
-        tokens: The position of filler.
-
-    Returns:
-        The context, (batch, width, heads * head size), zero of filler and padding; and what :func:`choose` returns.
-    """
-    return _of(query).attend_and_choose(query, key, value, allowed, real, counts, positions, width, protected, tokens)
 
 
 def choose(
@@ -135,29 +103,47 @@ def choose(
     return _of(votes).choose(votes, real, counts, positions, width, protected, tokens)
 
 
-received_op = torch.library.custom_op("lat_optuna::received", received, mutates_args=())
-""":func:`received` as one node of a graph."""
+def _define(name: str, schema: str) -> Any:
+    """One of torch's operators: a node of a graph. ``cpu_kernels.cpp`` has it for CPUs."""
+    torch.library.define(f"lat_optuna::{name}", schema)
+    if hasattr(cuda_kernels, name):
+        torch.library.impl(f"lat_optuna::{name}", "cuda")(getattr(cuda_kernels, name))
+    return getattr(torch.ops.lat_optuna, name).default
 
 
-@received_op.register_fake
+received_op = _define("received", "(Tensor query, Tensor key, Tensor? allowed, Tensor? real) -> Tensor")
+""":func:`received`."""
+
+choose_op = _define(
+    "choose",
+    "(Tensor votes, Tensor? real, Tensor? counts, Tensor? positions, SymInt width, SymInt protected, SymInt tokens)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+""":func:`choose`."""
+
+attend_and_choose = _define(
+    "attend_and_choose",
+    "(Tensor query, Tensor key, Tensor value, Tensor? allowed, Tensor? real, Tensor? counts, Tensor? positions,"
+    " SymInt width, SymInt protected, SymInt tokens) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+""":func:`received`, :func:`choose` and the context of the rows that stay, at once; on a CPU. No gradient.
+
+``value`` is (batch, heads, rows, head size), the other arguments are those of the two. Returns the context, (batch,
+width, heads * head size), zero of filler and padding; and what :func:`choose` returns.
+"""
+
+
+@torch.library.register_fake("lat_optuna::received")
 def _(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
     return query.new_empty((query.size(0), query.size(2)), dtype=torch.float32)
 
 
-choose_op = torch.library.custom_op("lat_optuna::choose", choose, mutates_args=())
-""":func:`choose` as one node of a graph."""
-
-
-@choose_op.register_fake
+@torch.library.register_fake("lat_optuna::choose")
 def _(votes: torch.Tensor, real: Any, counts: Any, positions: Any, width: int, protected: int, tokens: int) -> Chosen:
     return empty_choice(votes, width)
 
 
-attend_and_choose_op = torch.library.custom_op("lat_optuna::attend_and_choose", attend_and_choose, mutates_args=())
-""":func:`attend_and_choose` as one node of a graph."""
-
-
-@attend_and_choose_op.register_fake
+@torch.library.register_fake("lat_optuna::attend_and_choose")
 def _(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -169,6 +155,6 @@ def _(
     width: int,
     protected: int,
     tokens: int,
-) -> Attended:
+) -> tuple[torch.Tensor, ...]:
     context = value.new_empty((query.size(0), width, query.size(1) * value.size(3)))
     return context, *empty_choice(query, width)

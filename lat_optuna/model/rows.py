@@ -31,8 +31,6 @@ class Choice:
 
 Chosen = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 """``rows``, ``positions``, ``real`` and ``flat`` of a :class:`Choice`."""
-Attended = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-"""The context of rows that stay, and what is :data:`Chosen`."""
 
 
 def empty_choice(votes: torch.Tensor, width: int) -> Chosen:

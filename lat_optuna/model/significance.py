@@ -72,8 +72,7 @@ def attend_and_choose(
         The choice, and its rows' context (batch, kept, heads * head size).
     """
     if known is None and not dropout and kernels.attend(query, key, value):
-        kernel = kernels.attend_and_choose_op if torch.compiler.is_compiling() else kernels.attend_and_choose
-        context, rows, positions, real, flat = kernel(
+        context, rows, positions, real, flat = kernels.attend_and_choose(
             query, key, value, allowed, keep.real, keep.counts, keep.positions, keep.width, keep.protected, keep.tokens
         )
         return Choice(rows, positions, None if keep.counts is None else real, flat), context
