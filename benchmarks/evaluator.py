@@ -1,9 +1,9 @@
 """What an evaluation costs under the paper's protocol and under ours, part by part, side by side on one machine.
 
-The paper pads every input to ``max_length`` and computes attention eagerly in fp32, without kernels. That side runs the rectangles that
-it would run: every example is given ``max_length`` tokens that count as real. The other sides run the same constant
-ratios at real lengths. Sides take turns; times are medians over the rounds: of one thread, or of the GPU where there is
-one.
+The paper pads every input to ``max_length`` and computes attention eagerly in fp32, without kernels. That side runs the
+rectangles that it would run: every example is given ``max_length`` tokens that count as real. The other sides run the
+same constant ratios at real lengths. Sides take turns; times are medians over the rounds: of one thread, or of the GPU
+where there is one.
 
     python benchmarks/evaluator.py studies/sst2-minilm.yaml --set output=runs/sst2-minilm --rows 512
 """
