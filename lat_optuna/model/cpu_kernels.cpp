@@ -35,8 +35,8 @@ constexpr int LANES = 8, ROWS = 4, COLUMNS = 2, LINES = 4;
 constexpr int STEP = 32;  // keys are filled up to a multiple of it
 constexpr int64_t MOST = 1 << 24;  // bytes of weights that are kept, times threads
 constexpr float LOWEST = -std::numeric_limits<float>::max(), NOTHING = -std::numeric_limits<float>::infinity();
-typedef float floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t bf16;
 typedef _Float16 fp16;
 
@@ -57,8 +57,13 @@ template <typename Number> struct Buffer {
     operator Number *() const { return start; }
 };
 
-inline floats &at(float *from) { return *reinterpret_cast<floats *>(from); }
-inline floats at(const float *from) { return *reinterpret_cast<const floats *>(from); }
+// Vectors from and to anywhere.
+inline floats at(const float *from) {
+    floats values;
+    std::memcpy(&values, from, sizeof(values));
+    return values;
+}
+inline void put(float *to, floats values) { std::memcpy(to, &values, sizeof(values)); }
 inline floats larger(floats a, floats b) { return a > b ? a : b; }
 inline float number(float value) { return value; }
 inline float number(fp16 value) { return static_cast<float>(value); }
@@ -106,7 +111,6 @@ inline float sum_of(floats of) {
 #endif
 }
 
-inline void put(float *to, floats values) { at(to) = values; }
 inline void put(fp16 *to, floats values) {
     for (int lane = 0; lane < LANES; lane++) to[lane] = static_cast<fp16>(values[lane]);
 }
@@ -165,7 +169,7 @@ template <typename Number> struct ByVectors {
         for (int64_t j = 0; j < n; j += LANES)
             for (int64_t d = 0; d < size; d++)
                 if constexpr (std::is_same_v<Number, float>)
-                    at(&keys[d * wide + j]) = reinterpret_cast<floats>(column(key + j * apart + d, apart * 4, n - j));
+                    put(&keys[d * wide + j], reinterpret_cast<floats>(column(key + j * apart + d, apart * 4, n - j)));
                 else
                     for (int64_t i = j; i < std::min(n, j + LANES); i++)
                         keys[d * wide + i] = number(key[i * apart + d]);
@@ -190,7 +194,7 @@ template <typename Number> struct ByVectors {
             for (int r = 0; r < GROUP; r++)
                 for (int c = 0; c < MANY; c++) sum[r][c] += group[r * size + d] * at(column + c * LANES);
         for (int r = 0; r < GROUP; r++)
-            for (int c = 0; c < MANY; c++) at(scores + r * wide + j + c * LANES) = sum[r][c];
+            for (int c = 0; c < MANY; c++) put(scores + r * wide + j + c * LANES, sum[r][c]);
     }
 
     void lay_out_values(const Number *value, int64_t apart, int64_t n) {
@@ -212,7 +216,7 @@ template <typename Number> struct ByVectors {
                 }
             }
             for (int r = 0; r < TAKEN; r++)
-                for (int c = 0; c < 2; c++) at(&sums[r * padded + d + c * LANES]) = sum[r][c];
+                for (int c = 0; c < 2; c++) put(&sums[r * padded + d + c * LANES], sum[r][c]);
         }
     }
 };
@@ -386,8 +390,11 @@ template <typename Product> struct Head {
                     row[j] = seen ? row[j] : 0.0f;
                 }
             floats most = floats{} + NOTHING;
-            for (int64_t j = 0; j < wide; j += LANES)
-                most = larger(most, at(row + j) = at(row + j) * scale + at(&start[j]));
+            for (int64_t j = 0; j < wide; j += LANES) {
+                const floats score = at(row + j) * scale + at(&start[j]);
+                put(row + j, score);
+                most = larger(most, score);
+            }
             top[r] = highest(most);
         }
         for (int r = 0; r < many; r++) {
@@ -395,7 +402,8 @@ template <typename Product> struct Head {
             floats total{};
             for (int64_t j = 0; j < wide; j += LANES) {
                 const floats power = power_of_two(at(row + j) - top[r]);
-                total += at(row + j) = power;
+                put(row + j, power);
+                total += power;
                 if constexpr (!std::is_same_v<Weight, float>)
                     if (weights) put(weights + r * wide + j, power);
             }
@@ -421,7 +429,7 @@ template <typename Product> struct Head {
             for (int64_t j = 0; j < wide; j += LANES) {
                 floats more = at(votes + j);
                 for (int r = 0; r < many; r++) more += share[r] * at(found + r * wide + j);
-                at(votes + j) = more;
+                put(votes + j, more);
             }
             if (weights) {
                 std::copy(share, share + many, shares);
@@ -555,7 +563,7 @@ void attend(const Layer<typename Product::Value> &of, const Chooser &choose, typ
                 const int64_t example = first + one;
                 float *all = votes + one * heads * wide;
                 for (int64_t head = 1; head < heads; head++)
-                    for (int64_t j = 0; j < wide; j += LANES) at(all + j) += at(all + head * wide + j);
+                    for (int64_t j = 0; j < wide; j += LANES) put(all + j, at(all + j) + at(all + head * wide + j));
                 choose(example, all, order);
                 for (int64_t j = 0, place = 0; j < n; j++)
                     place_of[j] = !of.real || of.real[example * n + j] ? place++ : -1;
