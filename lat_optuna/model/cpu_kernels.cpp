@@ -38,7 +38,6 @@ constexpr float LOWEST = -std::numeric_limits<float>::max(), NOTHING = -std::num
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef uint16_t bf16;
-typedef _Float16 fp16;
 
 struct Strides {
     int64_t example, head, row, column;
@@ -66,7 +65,6 @@ inline floats at(const float *from) {
 inline void put(float *to, floats values) { std::memcpy(to, &values, sizeof(values)); }
 inline floats larger(floats a, floats b) { return a > b ? a : b; }
 inline float number(float value) { return value; }
-inline float number(fp16 value) { return static_cast<float>(value); }
 inline float number(bf16 bits) {
     const uint32_t wide = static_cast<uint32_t>(bits) << 16;
     float value;
@@ -111,9 +109,6 @@ inline float sum_of(floats of) {
 #endif
 }
 
-inline void put(fp16 *to, floats values) {
-    for (int lane = 0; lane < LANES; lane++) to[lane] = static_cast<fp16>(values[lane]);
-}
 inline void put(bf16 *to, floats values) {  // rounds to the nearest, and to the even one of two
 #ifdef __AVX512BF16__
     const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(values));
@@ -597,8 +592,11 @@ template <typename Number> const Number *numbers(const Perhaps &of) {
 Perhaps together(const Perhaps &of) {
     return of && !of->is_contiguous() ? torch::stable::contiguous(*of) : of;
 }
-// The numbers of a query, of a key and of a value lie side by side.
-Tensor readable(const Tensor &of) { return of.stride(3) == 1 ? of : torch::stable::contiguous(of); }
+// In fp32 or bf16, and the numbers of a query, of a key and of a value lie side by side.
+Tensor readable(const Tensor &of) {
+    const Tensor known = of.scalar_type() == ScalarType::Half ? torch::stable::to(of, ScalarType::Float) : of;
+    return known.stride(3) == 1 ? known : torch::stable::contiguous(known);
+}
 
 Strides strides(const Tensor &of) { return {of.stride(0), of.stride(1), of.stride(2), of.stride(3)}; }
 // As if it had been expanded to (example, head, row, column).
@@ -612,7 +610,6 @@ Strides strides(const Perhaps &of) {
 // Calls with a Product for a kind of numbers. Tiles want heads of an even size.
 template <typename Call> void with_product(const Tensor &query, const Call &call) {
     if (query.scalar_type() == ScalarType::Float) return call(static_cast<ByVectors<float> *>(nullptr));
-    if (query.scalar_type() == ScalarType::Half) return call(static_cast<ByVectors<fp16> *>(nullptr));
 #ifdef TILES
     if (query.size(3) % 2 == 0 && ByTiles::allowed()) return call(static_cast<ByTiles *>(nullptr));
 #endif
@@ -660,7 +657,7 @@ Tensor received(const Tensor query, const Tensor key, const Perhaps allowed, con
     const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2);
     const Tensor made = torch::stable::new_empty(query, {batch, n}, ScalarType::Float);
     Buffer<float> by_head(batch * heads * n);
-    with_product(query, [&]<typename Product>(const Product *) {
+    with_product(queries, [&]<typename Product>(const Product *) {
         receive<Product>(layer<typename Product::Value>(queries, keys, keys, allowed, voting), by_head);
     });
     float *to = numbers<float>(made);
@@ -678,12 +675,14 @@ attend_and_choose(const Tensor query, const Tensor key, const Tensor value, cons
     const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2), size = query.size(3);
     const Chosen to = empty(query, batch, width);
     const Chooser choose = chooser(to, voting, many, places, n, width, guarded, tokens);
-    const Tensor context = torch::stable::new_empty(query, {batch, width, heads * size});
-    with_product(query, [&]<typename Product>(const Product *) {
+    const Tensor context = torch::stable::new_empty(queries, {batch, width, heads * size});
+    with_product(queries, [&]<typename Product>(const Product *) {
         typedef typename Product::Value Value;
         attend<Product>(layer<Value>(queries, keys, values, allowed, voting), choose, numbers<Value>(context));
     });
-    return std::tuple_cat(std::make_tuple(context), to);
+    const auto type = query.scalar_type();
+    return std::tuple_cat(
+        std::make_tuple(type == ScalarType::Half ? torch::stable::to(context, type) : context), to);
 }
 
 Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions,
