@@ -33,7 +33,7 @@ constexpr int LANES = 16, ROWS = 6, COLUMNS = 4, LINES = 12;
 constexpr int LANES = 8, ROWS = 4, COLUMNS = 2, LINES = 4;
 #endif
 constexpr int STEP = 32;  // keys are filled up to a multiple of it
-constexpr int64_t MOST = 1 << 24;  // bytes of weights that are kept, times threads
+constexpr int64_t MOST = 1 << 24;  // bytes of weights that are kept, for each thread
 constexpr float LOWEST = -std::numeric_limits<float>::max(), NOTHING = -std::numeric_limits<float>::infinity();
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -618,7 +618,7 @@ template <typename Call> void with_product(const Tensor &query, const Call &call
 
 template <typename Value>
 Layer<Value> layer(const Tensor &query, const Tensor &key, const Tensor &value, const Perhaps &allowed,
-                          const Perhaps &real) {
+                   const Perhaps &real) {
     const int64_t size = query.size(3);
     return {numbers<const Value>(query),
             numbers<const Value>(key),
@@ -643,8 +643,8 @@ Chosen empty(const Tensor &like, int64_t batch, int64_t width) {
             torch::stable::new_empty(like, {batch * width}, ScalarType::Long)};
 }
 
-Chooser chooser(const Chosen &to, const Perhaps &real, const Perhaps &counts, const Perhaps &positions,
-                       int64_t n, int64_t width, int64_t guarded, int64_t tokens) {
+Chooser chooser(const Chosen &to, const Perhaps &real, const Perhaps &counts, const Perhaps &positions, int64_t n,
+                int64_t width, int64_t guarded, int64_t tokens) {
     const auto &[rows, to_positions, to_real, flat] = to;
     return {numbers<uint8_t>(real), numbers<int64_t>(counts), numbers<int64_t>(positions), numbers<int64_t>(rows),
             numbers<int64_t>(to_positions), numbers<uint8_t>(to_real), numbers<int64_t>(flat), n, width, guarded,
@@ -685,8 +685,8 @@ attend_and_choose(const Tensor query, const Tensor key, const Tensor value, cons
         std::make_tuple(type == ScalarType::Half ? torch::stable::to(context, type) : context), to);
 }
 
-Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions,
-                     int64_t width, int64_t guarded, int64_t tokens) {
+Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions, int64_t width,
+              int64_t guarded, int64_t tokens) {
     const Tensor given = *together(Perhaps(votes));
     const Perhaps counted = together(real), many = together(counts), places = together(positions);
     const int64_t batch = votes.size(0), n = votes.size(1);
