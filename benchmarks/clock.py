@@ -41,11 +41,11 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-import torch._inductor.config
 import transformers
 
 from lat_optuna import Architecture, LatencyMeter, LatencyModel, LengthConfig, adapt, latency
 from lat_optuna.latency import Precision, batches_of, random_inputs
+from lat_optuna.model.backends import weights_in_graphs
 
 CPU = "CPU"
 """The device of rows that name none."""
@@ -191,7 +191,9 @@ def measure(cell: dict[str, Any], models: dict[str, Any], lengths: Any, args: ar
     running = list(variants(models, batches, args.ratios))
     random, rounds = Random(0), 0
     start = time.perf_counter()
-    with torch.inference_mode(), autocast(args.device, cell["precision"]):
+    # The fastest that a CPU has: weights are cast and laid out once instead of in every call.
+    packed = weights_in_graphs(torch.device(args.device))
+    with torch.inference_mode(), autocast(args.device, cell["precision"]), packed:
         passes = warm_up(running, models, inputs)
         times: dict[str, list[float]] = {variant.name: [] for variant in running}
         begun = time.perf_counter()
@@ -227,8 +229,6 @@ def prepared(name: str, device: str, attention: bool, compiled: bool) -> dict[st
     if compiled:
         # Precisions, masks and single examples have graphs of their own, and none of them may run as it is instead.
         torch._dynamo.config.recompile_limit = 64
-        # The fastest that a CPU has: weights are cast and laid out once instead of in every call.
-        torch._inductor.config.freezing = device == "cpu"
         # On a GPU with CUDA graphs, or both sides would wait for the host's launches.
         how = {"dynamic": True, "mode": "reduce-overhead" if device == "cuda" else None}
         models["dense compiled"] = torch.compile(build(name, device), **how)

@@ -498,9 +498,7 @@ def test_a_compiled_graph_is_whole_and_fits_other_shapes(masked):
         assert counted[-1] <= counted[0] + (training and DEVICE == "cuda")
         if KERNEL:
             targets = [str(node.target) for graph in backend.graphs for node in graph.graph.nodes]
-            for name in (
-                ("received", "choose") if training or DEVICE == "cuda" or INTERPRETED else ("attend_and_choose",)
-            ):
+            for name in ("received", "choose") if training or DEVICE == "cuda" else ("attend_and_choose",):
                 assert any(f"lat_optuna.{name}" in target for target in targets)
 
 

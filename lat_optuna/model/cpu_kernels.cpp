@@ -589,7 +589,7 @@ template <typename Number> Number *numbers(const Tensor &of) { return static_cas
 template <typename Number> const Number *numbers(const Perhaps &of) {
     return of ? numbers<const Number>(*of) : nullptr;
 }
-Perhaps together(const Perhaps &of) {
+Perhaps contiguous(const Perhaps &of) {
     return of && !of->is_contiguous() ? torch::stable::contiguous(*of) : of;
 }
 // In fp32 or bf16, and the numbers of a query, of a key and of a value lie side by side.
@@ -653,7 +653,7 @@ Chooser chooser(const Chosen &to, const Perhaps &real, const Perhaps &counts, co
 
 Tensor received(const Tensor query, const Tensor key, const Perhaps allowed, const Perhaps real) {
     const Tensor queries = readable(query), keys = readable(key);
-    const Perhaps voting = together(real);
+    const Perhaps voting = contiguous(real);
     const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2);
     const Tensor made = torch::stable::new_empty(query, {batch, n}, ScalarType::Float);
     Buffer<float> by_head(batch * heads * n);
@@ -671,7 +671,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>
 attend_and_choose(const Tensor query, const Tensor key, const Tensor value, const Perhaps allowed, const Perhaps real,
                   const Perhaps counts, const Perhaps positions, int64_t width, int64_t guarded, int64_t tokens) {
     const Tensor queries = readable(query), keys = readable(key), values = readable(value);
-    const Perhaps voting = together(real), many = together(counts), places = together(positions);
+    const Perhaps voting = contiguous(real), many = contiguous(counts), places = contiguous(positions);
     const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2), size = query.size(3);
     const Chosen to = empty(query, batch, width);
     const Chooser choose = chooser(to, voting, many, places, n, width, guarded, tokens);
@@ -687,8 +687,8 @@ attend_and_choose(const Tensor query, const Tensor key, const Tensor value, cons
 
 Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions, int64_t width,
               int64_t guarded, int64_t tokens) {
-    const Tensor given = *together(Perhaps(votes));
-    const Perhaps counted = together(real), many = together(counts), places = together(positions);
+    const Tensor given = *contiguous(Perhaps(votes));
+    const Perhaps counted = contiguous(real), many = contiguous(counts), places = contiguous(positions);
     const int64_t batch = votes.size(0), n = votes.size(1);
     const Chosen to = empty(votes, batch, width);
     const Chooser choose = chooser(to, counted, many, places, n, width, guarded, tokens);

@@ -20,8 +20,6 @@ from pathlib import Path
 
 import torch
 
-from lat_optuna.model.rows import Chosen
-
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
@@ -89,23 +87,3 @@ def _library(folder: Path) -> Path:
         return partial.replace(kept)
     except OSError:  # no place of the user's: the next process makes it again
         return made
-
-
-def received(
-    query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
-) -> torch.Tensor:
-    """See :func:`lat_optuna.model.kernels.received`."""
-    return torch.ops.lat_optuna.received.default(query, key, allowed, real)
-
-
-def choose(
-    votes: torch.Tensor,
-    real: torch.Tensor | None,
-    counts: torch.Tensor | None,
-    positions: torch.Tensor | None,
-    width: int,
-    protected: int,
-    tokens: int,
-) -> Chosen:
-    """See :func:`lat_optuna.model.kernels.choose`."""
-    return torch.ops.lat_optuna.choose.default(votes, real, counts, positions, width, protected, tokens)

@@ -54,6 +54,11 @@ def _of(tensor: torch.Tensor) -> Any:
     return BY_DEVICE[tensor.device.type]
 
 
+def _directly(tensor: torch.Tensor) -> bool:
+    """Whether Triton is called and not an operator, whose dispatch would cost as many microseconds as the launch."""
+    return _of(tensor) is cuda_kernels and not torch.compiler.is_compiling()
+
+
 def received(
     query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None
 ) -> torch.Tensor:
@@ -68,7 +73,8 @@ def received(
     Returns:
         (batch, rows) in fp32. The same input gives the same numbers.
     """
-    return _of(query).received(query, key, allowed, real)
+    kernel = cuda_kernels.received if _directly(query) else received_op
+    return kernel(query, key, allowed, real)
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -100,7 +106,8 @@ def choose(
     Returns:
         ``rows``, ``positions``, ``real`` and ``flat`` of a ``Choice``; ``real`` also where nothing is filler.
     """
-    return _of(votes).choose(votes, real, counts, positions, width, protected, tokens)
+    kernel = cuda_kernels.choose if _directly(votes) else choose_op
+    return kernel(votes, real, counts, positions, width, protected, tokens)
 
 
 def _define(name: str, schema: str) -> Any:

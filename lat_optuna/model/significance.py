@@ -96,11 +96,14 @@ Votes = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor 
 
 def _votes_alone(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Votes | None:
     """What gives votes and keeps no probabilities, where that works and pays: see :func:`kernels.received`."""
-    compiling = torch.compiler.is_compiling()
     if kernels.fit(query, key, value):
-        # A graph needs the operator; outside of one, its dispatch would cost as many microseconds as the launch.
-        return kernels.received_op if compiling else kernels.received
-    if query.device.type != "cpu" or compiling or torch._C._get_tracing_state() or kernels.is_watched(query):
+        return kernels.received
+    if (
+        query.device.type != "cpu"
+        or torch.compiler.is_compiling()
+        or torch._C._get_tracing_state()
+        or kernels.is_watched(query)
+    ):
         return None
     probabilities = query.size(0) * query.size(1) * query.size(2) * key.size(2)
     return received_in_blocks if probabilities > BLOCK else None
@@ -221,8 +224,7 @@ def choose(votes: torch.Tensor, keep: Keep) -> Choice:
     if not kernels.take(votes):
         return as_choice(choose_rows(votes, keep), keep, votes.size(1))
     # In a graph too: inductor fuses what is around a sort but not the sort, which is several launches.
-    kernel = kernels.choose_op if torch.compiler.is_compiling() else kernels.choose
-    rows, positions, real, flat = kernel(
+    rows, positions, real, flat = kernels.choose(
         votes.detach(), keep.real, keep.counts, keep.positions, keep.width, keep.protected, keep.tokens
     )
     return Choice(rows, positions, None if keep.counts is None else real, flat)
