@@ -522,9 +522,9 @@ def test_kernels_for_the_cpu_are_compiled_once_and_kept(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not cpu_kernels.available() or platform.machine() != "x86_64", reason="it is about such processors")
 @pytest.mark.skipif("MARCH" in os.environ, reason="it is inside of itself")
-@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4"])
+@pytest.mark.parametrize("march", ["x86-64-v3", "x86-64-v4", "cooperlake"])
 def test_kernels_of_other_processors_do_the_same(march, tmp_path):
-    needed = {"x86-64-v3": "avx2", "x86-64-v4": "avx512f"}[march]
+    needed = {"x86-64-v3": "avx2", "x86-64-v4": "avx512f", "cooperlake": "avx512_bf16"}[march]
     if f" {needed} " not in Path("/proc/cpuinfo").read_text():
         pytest.skip(f"this processor has no {needed}")
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", __file__]

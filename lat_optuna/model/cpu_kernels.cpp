@@ -19,7 +19,7 @@
 #ifdef __AVX512F__
 #include <immintrin.h>
 #endif
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #define TILES
@@ -216,24 +216,105 @@ template <typename Number> struct ByVectors {
     }
 };
 
-#ifdef TILES
-// The same for bf16 by AMX: 16 x 16 scores of 32 numbers an instruction. Pairs of numbers lie together.
-struct ByTiles {
+#ifdef __AVX512BF16__
+// Keys and values in bf16: two numbers that are multiplied by one instruction lie together.
+struct Pairs {
     typedef bf16 Value;
     typedef bf16 Weight;
+    const int64_t size, wide, padded;
+    Buffer<bf16> keys, values;
+    Buffer<float> sums;
+
+    Pairs(int64_t size, int64_t wide, int taken)
+        : size(size), wide(wide), padded((size + 31) / 32 * 32), keys(padded * wide, 0), values(wide * padded, 0),
+          sums(taken * padded) {}
+
+    void lay_out(const bf16 *key, int64_t apart, int64_t n) {
+        for (int64_t j = 0; j < n; j += LANES)
+            for (int64_t d = 0; d < size; d += 2) {
+                const ints pairs = column(key + j * apart + d, apart * 2, n - j);
+                std::memcpy(&keys[d * wide + j * 2], &pairs, 64);
+            }
+    }
+
+    void forget(int64_t j) {
+        for (int64_t d = 0; d < size; d += 2) std::memset(&keys[d * wide + j * 2], 0, 4);
+    }
+
+    void lay_out_values(const bf16 *value, int64_t apart, int64_t n) {
+        const Buffer<bf16> none(size, 0);
+        for (int64_t j = 0; j < n; j += 2) {
+            const bf16 *even = value + j * apart, *odd = j + 1 < n ? even + apart : none;
+            uint32_t *pairs = reinterpret_cast<uint32_t *>(&values[j * padded]);
+            for (int64_t d = 0; d < size; d++) pairs[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
+        }
+    }
+};
+
+// The products of bf16 by vectors of pairs.
+struct ByPairs : Pairs {
+    static constexpr int GROUP = ROWS, TAKEN = LINES;
+
+    ByPairs(int64_t size, int64_t wide) : Pairs(size, wide, TAKEN) {}
+
+    static floats add(floats sum, int32_t pair, const bf16 *pairs) {
+        const __m512i one = _mm512_set1_epi32(pair), others = _mm512_loadu_si512(pairs);
+        return reinterpret_cast<floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(one),
+                                                         reinterpret_cast<__m512bh>(others)));
+    }
+    static int32_t pair(const bf16 *from) {
+        int32_t both;
+        std::memcpy(&both, from, 4);
+        return both;
+    }
+
+    void multiply(const bf16 *const *rows, int many, int64_t, float *scores) {
+        const bf16 *group[GROUP];
+        for (int r = 0; r < GROUP; r++) group[r] = rows[r < many ? r : 0];
+        int64_t j = 0;
+        for (; j + LANES * COLUMNS <= wide; j += LANES * COLUMNS) block<COLUMNS>(group, j, scores);
+        if (j < wide) block<COLUMNS / 2>(group, j, scores);
+    }
+
+    template <int MANY> void block(const bf16 *const *group, int64_t j, float *scores) {
+        floats sum[GROUP][MANY] = {};
+        for (int64_t d = 0; d < size; d += 2)
+            for (int r = 0; r < GROUP; r++)
+                for (int c = 0; c < MANY; c++)
+                    sum[r][c] = add(sum[r][c], pair(group[r] + d), &keys[d * wide + (j + c * LANES) * 2]);
+        for (int r = 0; r < GROUP; r++)
+            for (int c = 0; c < MANY; c++) put(scores + r * wide + j + c * LANES, sum[r][c]);
+    }
+
+    void weigh(const bf16 *const *rows, int many, int64_t n) {
+        const bf16 *weights[TAKEN];
+        for (int r = 0; r < TAKEN; r++) weights[r] = rows[r < many ? r : 0];
+        for (int64_t d = 0; d < padded; d += 2 * LANES) {
+            floats sum[TAKEN][2] = {};
+            for (int64_t j = 0; j < n; j += 2)
+                for (int r = 0; r < TAKEN; r++)
+                    for (int c = 0; c < 2; c++)
+                        sum[r][c] = add(sum[r][c], pair(weights[r] + j), &values[j * padded + (d + c * LANES) * 2]);
+            for (int r = 0; r < TAKEN; r++)
+                for (int c = 0; c < 2; c++) put(&sums[r * padded + d + c * LANES], sum[r][c]);
+        }
+    }
+};
+#endif
+
+#ifdef TILES
+// The same by AMX: 16 x 16 scores of 32 numbers an instruction.
+struct ByTiles : Pairs {
     static constexpr int GROUP = 16, TAKEN = 32;
     struct alignas(64) Shapes {
         uint8_t palette = 1, start = 0, unused[14] = {};
         uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
         uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
     } before;
-    const int64_t size, wide, padded;
-    Buffer<bf16> keys, queries, values, lines;
-    Buffer<float> sums;
+    Buffer<bf16> queries, lines;
 
     ByTiles(int64_t size, int64_t wide)
-        : size(size), wide(wide), padded((size + 31) / 32 * 32), keys(padded * wide, 0), queries(GROUP * padded, 0),
-          values(wide * padded, 0), lines(TAKEN * wide, 0), sums(TAKEN * padded) {
+        : Pairs(size, wide, TAKEN), queries(GROUP * padded, 0), lines(TAKEN * wide, 0) {
         // Not the compiler's functions: GCC's say that they read and write 8 of the 64 bytes.
         const Shapes ours;
         asm volatile("sttilecfg %0" : "=m"(before));
@@ -248,18 +329,6 @@ struct ByTiles {
     static bool allowed() {
         static const bool granted = syscall(SYS_arch_prctl, 0x1023, 18) == 0;
         return granted;
-    }
-
-    void lay_out(const bf16 *key, int64_t apart, int64_t n) {
-        for (int64_t j = 0; j < n; j += LANES)
-            for (int64_t d = 0; d < size; d += 2) {
-                const ints pairs = column(key + j * apart + d, apart * 2, n - j);
-                std::memcpy(&keys[d * wide + j * 2], &pairs, 64);
-            }
-    }
-
-    void forget(int64_t j) {
-        for (int64_t d = 0; d < size; d += 2) std::memset(&keys[d * wide + j * 2], 0, 4);
     }
 
     // A group of rows that lie `apart`, if that is not 0, is read where it is.
@@ -283,15 +352,6 @@ struct ByTiles {
             }
             _tile_stored(0, scores + j, wide * 4);
             _tile_stored(1, scores + j + 16, wide * 4);
-        }
-    }
-
-    void lay_out_values(const bf16 *value, int64_t apart, int64_t n) {
-        const Buffer<bf16> none(size, 0);
-        for (int64_t j = 0; j < n; j += 2) {
-            const bf16 *even = value + j * apart, *odd = j + 1 < n ? even + apart : none;
-            uint32_t *pairs = reinterpret_cast<uint32_t *>(&values[j * padded]);
-            for (int64_t d = 0; d < size; d++) pairs[d] = even[d] | static_cast<uint32_t>(odd[d]) << 16;
         }
     }
 
@@ -607,11 +667,16 @@ Strides strides(const Perhaps &of) {
     return {found[0], found[1], found[2], found[3]};
 }
 
-// Calls with a Product for a kind of numbers. Tiles want heads of an even size.
+// Calls with a Product for a kind of numbers. Pairs want heads of an even size.
 template <typename Call> void with_product(const Tensor &query, const Call &call) {
     if (query.scalar_type() == ScalarType::Float) return call(static_cast<ByVectors<float> *>(nullptr));
+#ifdef __AVX512BF16__
+    if (query.size(3) % 2 == 0) {
 #ifdef TILES
-    if (query.size(3) % 2 == 0 && ByTiles::allowed()) return call(static_cast<ByTiles *>(nullptr));
+        if (ByTiles::allowed()) return call(static_cast<ByTiles *>(nullptr));
+#endif
+        return call(static_cast<ByPairs *>(nullptr));
+    }
 #endif
     call(static_cast<ByVectors<bf16> *>(nullptr));
 }
