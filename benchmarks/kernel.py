@@ -3,8 +3,9 @@
     python benchmarks/kernel.py --json kernel.json
 
 All ways are measured in turns, and medians are compared: torch's attention over all rows (a layer that drops nothing),
-the form that writes all probabilities, on a CPU also the one that has them in blocks (what runs without a compiler),
-and the form with kernels, whose votes and choice are measured alone as well, beside a choice by sorting.
+on a CPU also the kernel's; the form that writes all probabilities, on a CPU also the one that has them in blocks (what
+runs without a compiler); and the form with kernels, whose votes and choice are measured alone as well, beside a choice
+by sorting.
 
 ``--device`` is the GPU where there is one. A CPU's figures are those of ``--threads`` threads.
 """
@@ -88,8 +89,12 @@ def ways(parts: list[torch.Tensor], padded: bool) -> dict[str, Callable[[], Any]
     def dense() -> torch.Tensor:
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=allowed)
 
+    def all_rows() -> torch.Tensor:
+        return forms.attend_from(query, key, value, allowed)
+
     return {
         "sdpa": without_gradient(dense),
+        **({"all rows": without_gradient(all_rows)} if query.device.type == "cpu" else {}),
         "whole": without_gradient(whole),
         **({"blocks": without_gradient(blocks)} if query.device.type == "cpu" else {}),
         "fused": without_gradient(fused),

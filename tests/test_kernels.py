@@ -267,6 +267,7 @@ def test_too_many_rows_for_the_kernel_are_sorted():
 @needs_kernel
 @pytest.mark.skipif(DEVICE == "cuda", reason="there, test_cuda.py does")
 @pytest.mark.parametrize("significance", ["all", "cls"])
+@pytest.mark.parametrize("drops", ["everywhere", "once"])
 @pytest.mark.parametrize(
     "name",
     [
@@ -276,16 +277,19 @@ def test_too_many_rows_for_the_kernel_are_sorted():
         "DeiTForImageClassificationWithTeacher",
     ],
 )
-def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
+def test_models_give_the_same_with_the_kernel(name, drops, significance, monkeypatch):
     if significance == "cls" and name.startswith("ModernBert"):
         pytest.skip("its layers have windows")
     ns = (13, 20, 7, 1)
     model = adapt(CASES[name].build(), significance=significance)
     layers = num_layers(model)
-    config = LengthConfig(tuple(range(18, 18 - 2 * layers, -2)), 20)
+    falling = tuple(range(18, 18 - 2 * layers, -2))
+    config = LengthConfig(falling if drops == "everywhere" else (20, *[10] * (layers - 1)), 20)
+    of_all_rows, calls = kernels.context, []
+    monkeypatch.setattr(kernels, "context", lambda *given: calls.append(given) or of_all_rows(*given))
     monkeypatch.setattr(forms, "BLOCK", 1)  # without the kernel, votes alone as well
     for left in {False, "input_ids" in inputs_for(model, ns)}:
-        batch = inputs_for(model, ns, pad_to=23, left=left)
+        batch = inputs_for(model, ns, pad_to=23 if drops == "everywhere" else 20, left=left)
         found = {}
         for kernel in (True, False):
             monkeypatch.setattr(kernels, "_run_on", lambda tensor, answer=kernel: answer)
@@ -296,10 +300,14 @@ def test_models_give_the_same_with_the_kernel(name, significance, monkeypatch):
             sum(part.square().sum() for part in parts).backward()
             found[kernel] = parts + [weights.grad for weights in model.parameters() if weights.grad is not None]
         assert all(torch.equal(*pair) for pair in zip(found[True], found[False], strict=True))
+        assert not calls  # not with gradients
         monkeypatch.setattr(kernels, "_run_on", lambda tensor: True)
-        with model.at(config), torch.no_grad():  # votes, choice and context at once
+        with model.eval().at(config), torch.no_grad():  # votes, choice and context at once
             parts = [part for parts in results(model, model(**batch), ns, left) for part in parts]
         torch.testing.assert_close(parts, [part.detach() for part in found[True][: len(parts)]], atol=1e-5, rtol=1e-4)
+        dropping = layers if drops == "everywhere" else 1 + left  # padding on the left goes in the first layer
+        assert len(calls) == (layers if significance == "cls" else layers - dropping)
+        calls.clear()
 
 
 def test_queries_of_kept_rows_are_not_copied_as_a_whole(monkeypatch):
@@ -426,6 +434,28 @@ def test_all_head_sizes_and_numbers_of_rows_at_once(n, size, dtype):
     at_once(*parts, None, Keep((n + 1) // 2))
     real = torch.arange(n) < torch.tensor([[n], [n // 2 + 1]])
     at_once(*parts, real[:, None, None], keep_for(real, n, (n + 1) // 2))
+
+
+@once
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("queries", [70, 1, 33])
+def test_context_alone_at_once(queries, kind, dtype):
+    query, key, value = (part.cpu() for part in projections(dtype))
+    allowed, _ = (each if each is None else each.cpu() for each in masks(kind))
+    query = query[:, :, :queries]
+    if allowed is not None and allowed.size(2) > 1:
+        allowed = allowed[:, :, :queries]
+    found = kernels.context(query, key, value, allowed)
+    assert found.dtype == dtype
+    parts = query.float(), key.float(), value.float()
+    rows = torch.arange(queries).expand(3, -1)
+    expected = context_of_rows(attention_probabilities(*parts[:2], allowed), parts[2], rows)
+    tolerance = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 8e-2, "rtol": 5e-2}
+    seen = torch.ones(3, queries, dtype=torch.bool)
+    if kind == "nothing allowed":  # such a row attends to nothing that anybody reads
+        seen[0, 3:6] = seen[1] = False
+    torch.testing.assert_close(found.float()[seen], expected[seen], **tolerance)
 
 
 @once

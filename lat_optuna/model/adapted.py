@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 
 from lat_optuna.length_config import LengthConfig
+from lat_optuna.model import kernels
 from lat_optuna.model.families import ALL, KEY_VALUE, QUERY, Family, family_of, head_kind, reads_first_row
 from lat_optuna.model.plan import Pass, make_plan, restore
 from lat_optuna.model.rows import Choice, is_exporting, take_rows
@@ -301,6 +302,8 @@ def _layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
             kwargs = this.family.follow(kwargs, this.choices[step.source].positions)
         if step.drops:
             return _drop(self, this, index, hidden_states, kwargs)
+        if not self.training and kernels.attend(hidden_states, hidden_states, hidden_states):
+            return _keep_all(self, this, index, hidden_states, kwargs)
         if step.source is not None:
             mask = _mask_after(self, this, step.source, hidden_states)
             if args:
@@ -340,6 +343,13 @@ def _drop(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict
         if this.restores:
             this.entered[index] = hidden
     return family.finish(layer, context, choice.of(hidden))
+
+
+def _keep_all(layer: Any, this: Pass, index: int, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+    """:func:`_drop` for a layer that drops nothing, where a kernel of ours attends sooner than torch's attention."""
+    query, key, value = this.family.project(layer, hidden, kwargs, ALL)
+    allowed = _allowed(layer, this, this.plan.steps[index].source, hidden)
+    return this.family.finish(layer, attend_from(query, key, value, allowed), hidden)
 
 
 def _keep(this: Pass, index: int) -> Keep:

@@ -1,4 +1,4 @@
-// Attention of a layer that drops, on a CPU: votes, the choice of rows without a sort, and the context of these rows.
+// Attention on a CPU. Of a layer that drops: votes, the choice of rows without a sort, and the context of these rows.
 // Vectors are GCC's and Clang's own; how wide they are, the processor says.
 #include <algorithm>
 #include <cmath>
@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <numeric>
 #include <omp.h>
 #include <optional>
 #include <tuple>
@@ -426,7 +427,8 @@ template <typename Product> struct Head {
 
     // Powers of two of the scores of a group of queries, and one over their sums. Returns where the powers are, in rows
     // of `wide`; in the type of weights they are in `weights`, too, unless it is null.
-    const float *powers(const int64_t *lines, int many, bool neighbours, Weight *weights, float *share) {
+    const float *powers(const int64_t *lines, int many, Weight *weights, float *share) {
+        const bool neighbours = lines[many - 1] - lines[0] == many - 1;
         const Value *rows[GROUP];
         for (int r = 0; r < many; r++) rows[r] = queries + lines[r] * of.of_query.row;
         float *scores = scratch;
@@ -480,7 +482,7 @@ template <typename Product> struct Head {
                 if (!voting || voting[next]) lines[many++] = next;
             if (!many) break;
             float share[GROUP];
-            const float *found = powers(lines, many, !voting, weights, share);
+            const float *found = powers(lines, many, weights, share);
             for (int64_t j = 0; j < wide; j += LANES) {
                 floats more = at(votes + j);
                 for (int r = 0; r < many; r++) more += share[r] * at(found + r * wide + j);
@@ -517,7 +519,7 @@ template <typename Product> struct Head {
             }
             if (!weights)
                 for (int r = 0; r < many; r += GROUP)
-                    powers(lines + r, std::min(GROUP, many - r), false, again + r * wide, share + r);
+                    powers(lines + r, std::min(GROUP, many - r), again + r * wide, share + r);
             if (many) product.weigh(rows, many, n);
             for (int r = 0; r < many; r++)
                 put(context + taken[r] * stride, product.sums + r * product.padded, of.size, share[r]);
@@ -638,6 +640,23 @@ void attend(const Layer<typename Product::Value> &of, const Chooser &choose, typ
     }
 }
 
+// Context alone, of the queries that there are.
+template <typename Product>
+void attend(const Layer<typename Product::Value> &of, int64_t queries, typename Product::Value *context) {
+    Buffer<int64_t> lines(queries);
+    std::iota(lines.start, lines.start + queries, 0);
+#pragma omp parallel
+    {
+        Head<Product> own(of, filled(of.n));
+#pragma omp for schedule(static)
+        for (int64_t task = 0; task < of.batch * of.heads; task++) {
+            const int64_t example = task / of.heads, head = task % of.heads;
+            own.attend(example, head, lines, lines, queries, nullptr, nullptr,
+                       context + (example * queries * of.heads + head) * of.size, of.heads * of.size);
+        }
+    }
+}
+
 // ---------------------------------------------------------------------------- what torch calls; see kernels.py
 
 using torch::headeronly::ScalarType;
@@ -692,7 +711,7 @@ Layer<Value> layer(const Tensor &query, const Tensor &key, const Tensor &value, 
             numbers<uint8_t>(real),
             query.size(0),
             query.size(1),
-            query.size(2),
+            key.size(2),
             size,
             static_cast<float>(std::log2(std::exp(1.0)) / std::sqrt(size)),  // powers of two are what is cheap
             strides(query),
@@ -740,14 +759,24 @@ attend_and_choose(const Tensor query, const Tensor key, const Tensor value, cons
     const int64_t batch = query.size(0), heads = query.size(1), n = query.size(2), size = query.size(3);
     const Chosen to = empty(query, batch, width);
     const Chooser choose = chooser(to, voting, many, places, n, width, guarded, tokens);
-    const Tensor context = torch::stable::new_empty(queries, {batch, width, heads * size});
+    const Tensor made = torch::stable::new_empty(queries, {batch, width, heads * size});
     with_product(queries, [&]<typename Product>(const Product *) {
         typedef typename Product::Value Value;
-        attend<Product>(layer<Value>(queries, keys, values, allowed, voting), choose, numbers<Value>(context));
+        attend<Product>(layer<Value>(queries, keys, values, allowed, voting), choose, numbers<Value>(made));
     });
-    const auto type = query.scalar_type();
-    return std::tuple_cat(
-        std::make_tuple(type == ScalarType::Half ? torch::stable::to(context, type) : context), to);
+    const bool half = query.scalar_type() == ScalarType::Half;
+    return std::tuple_cat(std::make_tuple(half ? torch::stable::to(made, ScalarType::Half) : made), to);
+}
+
+Tensor context(const Tensor query, const Tensor key, const Tensor value, const Perhaps allowed) {
+    const Tensor queries = readable(query), keys = readable(key), values = readable(value);
+    const int64_t heads = query.size(1), rows = query.size(2), size = query.size(3);
+    const Tensor made = torch::stable::new_empty(queries, {query.size(0), rows, heads * size});
+    with_product(queries, [&]<typename Product>(const Product *) {
+        typedef typename Product::Value Value;
+        attend<Product>(layer<Value>(queries, keys, values, allowed, std::nullopt), rows, numbers<Value>(made));
+    });
+    return query.scalar_type() == ScalarType::Half ? torch::stable::to(made, ScalarType::Half) : made;
 }
 
 Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions, int64_t width,
@@ -771,6 +800,7 @@ Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, cons
 
 STABLE_TORCH_LIBRARY_IMPL(lat_optuna, CPU, library) {
     library.impl("received", TORCH_BOX(&received));
+    library.impl("context", TORCH_BOX(&context));
     library.impl("choose", TORCH_BOX(&choose));
     library.impl("attend_and_choose", TORCH_BOX(&attend_and_choose));
 }

@@ -78,7 +78,7 @@ def received(
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether :data:`attend_and_choose` works for these projections: on a CPU, without gradients."""
+    """Whether :data:`attend_and_choose` and :data:`context` work for these projections: on a CPU, without gradients."""
     learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     return query.device.type == "cpu" and not learning and fit(query, key, value)
 
@@ -140,6 +140,14 @@ width, heads * head size), zero of filler and padding; and what :func:`choose` r
 """
 
 
+context = _define("context", "(Tensor query, Tensor key, Tensor value, Tensor? allowed) -> Tensor")
+"""Attention of some rows to all; on a CPU. No gradient.
+
+``query`` is (batch, heads, queries, head size), ``key`` and ``value`` are (batch, heads, rows, head size), ``allowed``
+is broadcastable to (batch, heads, queries, rows). Returns (batch, queries, heads * head size).
+"""
+
+
 @torch.library.register_fake("lat_optuna::received")
 def _(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real: torch.Tensor | None) -> torch.Tensor:
     return query.new_empty((query.size(0), query.size(2)), dtype=torch.float32)
@@ -148,6 +156,11 @@ def _(query: torch.Tensor, key: torch.Tensor, allowed: torch.Tensor | None, real
 @torch.library.register_fake("lat_optuna::choose")
 def _(votes: torch.Tensor, real: Any, counts: Any, positions: Any, width: int, protected: int, tokens: int) -> Chosen:
     return empty_choice(votes, width)
+
+
+@torch.library.register_fake("lat_optuna::context")
+def _(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None) -> torch.Tensor:
+    return value.new_empty((query.size(0), query.size(2), query.size(1) * value.size(3)))
 
 
 @torch.library.register_fake("lat_optuna::attend_and_choose")

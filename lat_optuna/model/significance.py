@@ -140,25 +140,27 @@ def attend_from(
     key: torch.Tensor,
     value: torch.Tensor,
     allowed: torch.Tensor | None,
-    choice: Choice,
+    choice: Choice | None = None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Torch's attention from some rows to all.
+    """Attention from some rows to all: by a kernel of ours on a CPU without gradients, else torch's.
 
     Args:
         query: (batch, heads, kept, head size) of these rows.
         key: (batch, heads, rows, head size).
         value: (batch, heads, rows, head size).
         allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
-        choice: These rows.
+        choice: These rows; ``None``: all.
         dropout: Dropout on the probabilities.
 
     Returns:
         (batch, kept, heads * head size).
     """
-    if allowed is not None and allowed.size(2) > 1:  # windows: every query has keys of its own
+    if choice is not None and allowed is not None and allowed.size(2) > 1:  # windows: every query has its own keys
         by_row = allowed.expand(query.size(0), -1, -1, -1).transpose(1, 2)
         allowed = choice.of(by_row).transpose(1, 2)
+    if not dropout and kernels.attend(query, key, value):
+        return kernels.context(query, key, value, allowed)
     attention = torch.nn.functional.scaled_dot_product_attention
     if torch.is_grad_enabled() and value.device.type == "cpu" and value.dtype in (torch.bfloat16, torch.float16):
         # Its backward pass on CPUs is slow in low precision (benchmarks/results/kernel.md).
