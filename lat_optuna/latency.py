@@ -179,7 +179,7 @@ class LatencyModel:
     A pass takes what lies outside of the layers, plus every layer's time. A layer that drops nothing takes a time that
     depends on the rows that enter it; one that drops, on the rows that enter, the rows that leave, and their product
     (attention). Each dependence is a table over numbers of rows, read with straight lines in between, for batches
-    with and without padding of their own.
+    with and without padding of their own; a dense pass, whose layers are the unadapted model's, has tables of its own.
 
     Args:
         conditions: What it was calibrated under.
@@ -321,7 +321,13 @@ class LatencyModel:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> LatencyModel:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            ValueError: Its tables are those of an earlier version.
+        """
+        if not any(name.startswith("dense") for name in content["tables"]):
+            raise ValueError("this latency model was calibrated by an earlier version, fit it again")
         given = dict(content["conditions"])
         given["lengths"] = tuple(tuple(batch) for batch in given["lengths"])
         return cls(Conditions(**given), content["layers"], content["knots"], content["tables"], content["error"])
@@ -337,13 +343,14 @@ class LatencyModel:
             return found
         rows, before = widest, list(batch)
         kept = [(n,) * self.layers if config is None else config.at_length(n) for n in batch]
+        keeps_all = "dense" if config is None else "whole"
         for layer in range(self.layers):
             after = [lengths[layer] for lengths in kept]
+            suffix = " padded" if padded else ""
             if after == before:
-                found.append(("padded" if padded else "whole", self._at(rows)))
+                found.append((f"{keeps_all}{suffix}", self._at(rows)))
                 continue
             leave = max(after)
-            suffix = " padded" if padded else ""
             found.append((f"enter{suffix}", self._at(rows)))
             found.append((f"leave{suffix}", self._at(leave)))
             # Context: a product of rows and columns, in units of one table that grows with the rows that enter.
@@ -397,12 +404,13 @@ def _knots(longest: int) -> tuple[int, ...]:
 
 
 def _calibration(layers: int, longest: int, seed: int) -> list[LengthConfig]:
-    """Configurations that drop at once, bit by bit, and at random."""
+    """Configurations that drop at once, late, bit by bit, and at random."""
     if longest <= MIN_LENGTH:
         return []
     random = Random(seed)
     found = [LengthConfig.constant_ratio(ratio, layers, longest) for ratio in (0.05, 0.15, 0.3)]
     found.append(LengthConfig((max(1, longest * 3 // 4),) * layers, longest))
+    found.append(LengthConfig((longest,) * (layers // 2) + ((longest + 1) // 2,) * (layers - layers // 2), longest))
     found += [LengthConfig.length_drop(0.4, layers, longest, random) for _ in range(2)]
     # Half of the layers drop and half do not.
     lengths = LengthConfig.length_drop(0.5, layers, longest, random).lengths
