@@ -286,7 +286,7 @@ def _refuse(config: Any, arguments: Mapping[str, Any]) -> None:
 
 
 def _layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
-    """A layer's ``forward``: as it was without a plan or where nothing drops; else drop."""
+    """A layer's ``forward``: as it was without a plan; else drop, or keep all."""
     dense = original.forward
 
     @functools.wraps(dense)
@@ -394,7 +394,8 @@ def _choose_and_attend(
             with torch.no_grad():  # a replay, which does not choose again, must save the same tensors
                 votes = first_row_significance(query_of(first), key, allowed)
             choice = choose(votes, keep)
-    return choice, attend_from(query_of(choice.rows, choice.flat), key, value, allowed, choice, dropout)
+    kept = query_of(choice.rows, choice.flat)
+    return choice, attend_from(kept, key, value, allowed, choice, dropout, few=step.first)
 
 
 def _first_rows(this: Pass, source: int | None, hidden: torch.Tensor) -> torch.Tensor:

@@ -142,6 +142,7 @@ def attend_from(
     allowed: torch.Tensor | None,
     choice: Choice | None = None,
     dropout: float = 0.0,
+    few: bool = False,
 ) -> torch.Tensor:
     """Attention from some rows to all: by a kernel of ours on a CPU without gradients, else torch's.
 
@@ -152,6 +153,7 @@ def attend_from(
         allowed: bool, broadcastable to (batch, heads, rows, rows); ``None`` allows everything.
         choice: These rows; ``None``: all.
         dropout: Dropout on the probabilities.
+        few: Whether they are only one or two, with which torch's attention in fp32 is the faster one.
 
     Returns:
         (batch, kept, heads * head size).
@@ -159,7 +161,7 @@ def attend_from(
     if choice is not None and allowed is not None and allowed.size(2) > 1:  # windows: every query has its own keys
         by_row = allowed.expand(query.size(0), -1, -1, -1).transpose(1, 2)
         allowed = choice.of(by_row).transpose(1, 2)
-    if not dropout and kernels.attend(query, key, value):
+    if not dropout and not (few and query.dtype == torch.float32) and kernels.attend(query, key, value):
         return kernels.context(query, key, value, allowed)
     attention = torch.nn.functional.scaled_dot_product_attention
     if torch.is_grad_enabled() and value.device.type == "cpu" and value.dtype in (torch.bfloat16, torch.float16):
