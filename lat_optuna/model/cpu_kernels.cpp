@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <new>
 #include <numeric>
 #include <omp.h>
@@ -56,6 +57,19 @@ template <typename Number> struct Buffer {
     ~Buffer() { std::free(start); }
     operator Number *() const { return start; }
 };
+
+// Room for so many numbers, the same from call to call of a thread: to get pages anew, and jemalloc gets new ones for
+// every 8 MB, takes longer than to fill them.
+template <typename Number> Number *room(int64_t many) {
+    static thread_local std::unique_ptr<Buffer<Number>> kept;
+    static thread_local int64_t size = 0;
+    if (many > size) {
+        kept.reset();
+        kept = std::make_unique<Buffer<Number>>(many);
+        size = many;
+    }
+    return *kept;
+}
 
 // Vectors from and to anywhere.
 inline floats at(const float *from) {
@@ -601,7 +615,7 @@ void attend(const Layer<typename Product::Value> &of, const Chooser &choose, typ
                   together = std::min(of.batch, (4 * threads + heads - 1) / heads),
                   of_head = (n + Product::GROUP) * wide;
     const bool keeps = together * heads * of_head * int64_t{sizeof(Weight)} <= threads * MOST;
-    Buffer<Weight> weights(keeps ? together * heads * of_head : 0);
+    Weight *const weights = keeps ? room<Weight>(together * heads * of_head) : nullptr;
     Buffer<float> votes(together * heads * wide), shares(together * heads * n);
     Buffer<int64_t> places(together * width);
 #pragma omp parallel
