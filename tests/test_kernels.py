@@ -306,7 +306,8 @@ def test_models_give_the_same_with_the_kernel(name, drops, significance, monkeyp
             parts = [part for parts in results(model, model(**batch), ns, left) for part in parts]
         torch.testing.assert_close(parts, [part.detach() for part in found[True][: len(parts)]], atol=1e-5, rtol=1e-4)
         dropping = layers if drops == "everywhere" else 1 + left  # padding on the left goes in the first layer
-        assert len(calls) == (layers if significance == "cls" else layers - dropping)
+        attending = layers if significance == "cls" else layers - dropping
+        assert len(calls) == (0 if INTERPRETED else attending)  # Triton's have none for context alone
         calls.clear()
 
 

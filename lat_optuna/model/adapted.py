@@ -302,7 +302,7 @@ def _layer_forward(original: type[nn.Module]) -> Callable[..., Any]:
             kwargs = this.family.follow(kwargs, this.choices[step.source].positions)
         if step.drops:
             return _drop(self, this, index, hidden_states, kwargs)
-        if not self.training and kernels.attend(hidden_states, hidden_states, hidden_states):
+        if not self.training and kernels.attend(hidden_states):
             return _keep_all(self, this, index, hidden_states, kwargs)
         if step.source is not None:
             mask = _mask_after(self, this, step.source, hidden_states)

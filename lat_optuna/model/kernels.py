@@ -23,9 +23,9 @@ except ImportError:  # no Triton
 BY_DEVICE: dict[str, ModuleType | None] = {"cpu": cpu_kernels, "cuda": cuda_kernels}
 
 
-def fit(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+def fit(query: torch.Tensor, *others: torch.Tensor) -> bool:
     """Whether :func:`received` works and pays for these projections."""
-    return query.dtype == key.dtype == value.dtype and _run_on(query) and _of(query).fits(query)
+    return all(other.dtype == query.dtype for other in others) and _run_on(query) and _of(query).fits(query)
 
 
 def take(votes: torch.Tensor) -> bool:
@@ -77,10 +77,13 @@ def received(
     return kernel(query, key, allowed, real)
 
 
-def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether :data:`attend_and_choose` and :data:`context` work for these projections: on a CPU, without gradients."""
-    learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return query.device.type == "cpu" and not learning and fit(query, key, value)
+def attend(*given: torch.Tensor) -> bool:
+    """Whether :data:`attend_and_choose` and :data:`context` work for projections, or for those of hidden states.
+
+    That is on a CPU, without gradients.
+    """
+    learning = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+    return BY_DEVICE.get(given[0].device.type) is cpu_kernels and not learning and fit(*given)
 
 
 def choose(
