@@ -690,6 +690,11 @@ Tensor readable(const Tensor &of) {
     const Tensor known = of.scalar_type() == ScalarType::Half ? torch::stable::to(of, ScalarType::Float) : of;
     return known.stride(3) == 1 ? known : torch::stable::contiguous(known);
 }
+// The inverse for what was made: in the type of the queries.
+Tensor as_given(const Tensor &made, const Tensor &query) {
+    const auto type = query.scalar_type();
+    return made.scalar_type() == type ? made : torch::stable::to(made, type);
+}
 
 Strides strides(const Tensor &of) { return {of.stride(0), of.stride(1), of.stride(2), of.stride(3)}; }
 // As if it had been expanded to (example, head, row, column).
@@ -778,8 +783,7 @@ attend_and_choose(const Tensor query, const Tensor key, const Tensor value, cons
         typedef typename Product::Value Value;
         attend<Product>(layer<Value>(queries, keys, values, allowed, voting), choose, numbers<Value>(made));
     });
-    const bool half = query.scalar_type() == ScalarType::Half;
-    return std::tuple_cat(std::make_tuple(half ? torch::stable::to(made, ScalarType::Half) : made), to);
+    return std::tuple_cat(std::make_tuple(as_given(made, query)), to);
 }
 
 Tensor context(const Tensor query, const Tensor key, const Tensor value, const Perhaps allowed) {
@@ -790,7 +794,7 @@ Tensor context(const Tensor query, const Tensor key, const Tensor value, const P
         typedef typename Product::Value Value;
         attend<Product>(layer<Value>(queries, keys, values, allowed, std::nullopt), rows, numbers<Value>(made));
     });
-    return query.scalar_type() == ScalarType::Half ? torch::stable::to(made, ScalarType::Half) : made;
+    return as_given(made, query);
 }
 
 Chosen choose(const Tensor votes, const Perhaps real, const Perhaps counts, const Perhaps positions, int64_t width,

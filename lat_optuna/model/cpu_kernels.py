@@ -1,4 +1,4 @@
-"""Attention of a layer that drops on a CPU, votes and choice of rows included: ``cpu_kernels.cpp``.
+"""Attention on a CPU, votes and choice of rows included in a layer that drops: ``cpu_kernels.cpp``.
 
 It is compiled for this processor when first needed, which takes some seconds, and kept in the user's cache: a library
 that gives torch the operators of ``kernels.py`` for CPUs. Without a C++ compiler, or where the compiler cannot make it

@@ -1,8 +1,8 @@
 """Kernels of ours: significance without all probabilities in memory, and the choice of rows without a sort.
 
 ``cuda_kernels.py`` has them for GPUs (in Triton), ``cpu_kernels.cpp`` for CPUs, with the context of the rows that stay
-in the same pass. Both are tested against torch's operators, which do the work where there are none. In graphs they are
-operators of torch.
+in the same pass, or of all rows. Both are tested against torch's operators, which do the work where there are none. In
+graphs they are operators of torch.
 """
 
 from __future__ import annotations
