@@ -162,12 +162,64 @@ inline floats power_of_two(floats x) {
     return value * reinterpret_cast<floats>(reinterpret_cast<ints>(whole) << 23);
 }
 
-// Products of a group of queries with all keys, and of a group of weights with all values, by vectors: a block of what
-// comes out stays in registers.
-template <typename Number> struct ByVectors {
+// Numbers one by one, and in pairs: how many an instruction multiplies for every sum, and how it does.
+struct Singles {
+    typedef float Number;
+    static constexpr int MANY = 1;
+    static floats add(floats sum, const float *one, const float *others) { return sum + *one * at(others); }
+};
+#ifdef __AVX512BF16__
+struct Twos {
+    typedef bf16 Number;
+    static constexpr int MANY = 2;
+    static floats add(floats sum, const bf16 *one, const bf16 *others) {
+        int32_t both;
+        std::memcpy(&both, one, 4);
+        const __m512bh pair = reinterpret_cast<__m512bh>(_mm512_set1_epi32(both)),
+                       pairs = reinterpret_cast<__m512bh>(_mm512_loadu_si512(others));
+        return reinterpret_cast<floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), pair, pairs));
+    }
+};
+#endif
+
+// Products of a group of queries with all keys, and of a group of weights with all values, by vectors.
+template <typename Unit, typename Number = typename Unit::Number> struct Vectors {
+    static constexpr int GROUP = ROWS, TAKEN = LINES;
+
+    static void multiply(const Number *const *rows, int many, int64_t size, const Number *keys, int64_t wide,
+                         float *scores) {
+        int64_t j = 0;
+        for (; j + LANES * COLUMNS <= wide; j += LANES * COLUMNS)
+            block<GROUP, COLUMNS>(rows, many, size, keys + j * Unit::MANY, wide, scores + j);
+        if (j < wide) block<GROUP, COLUMNS / 2>(rows, many, size, keys + j * Unit::MANY, wide, scores + j);
+    }
+
+    static void weigh(const Number *const *rows, int many, int64_t n, const Number *values, int64_t padded,
+                      float *sums) {
+        for (int64_t d = 0; d < padded; d += 2 * LANES)
+            block<TAKEN, 2>(rows, many, n, values + d * Unit::MANY, padded, sums + d);
+    }
+
+    // Of so many rows by so many vectors, which stays in registers; rows that there are not are the first one.
+    template <int HIGH, int BROAD>
+    static void block(const Number *const *rows, int many, int64_t length, const Number *others, int64_t apart,
+                      float *to) {
+        const Number *row[HIGH];
+        for (int r = 0; r < HIGH; r++) row[r] = rows[r < many ? r : 0];
+        floats sum[HIGH][BROAD] = {};
+        for (int64_t i = 0; i < length; i += Unit::MANY, others += Unit::MANY * apart)
+            for (int r = 0; r < HIGH; r++)
+                for (int c = 0; c < BROAD; c++)
+                    sum[r][c] = Unit::add(sum[r][c], row[r] + i, others + c * LANES * Unit::MANY);
+        for (int r = 0; r < HIGH; r++)
+            for (int c = 0; c < BROAD; c++) put(to + r * apart + c * LANES, sum[r][c]);
+    }
+};
+
+// The products in fp32.
+template <typename Number> struct ByVectors : Vectors<Singles> {
     typedef Number Value;
     typedef float Weight;
-    static constexpr int GROUP = ROWS, TAKEN = LINES;
     const int64_t size, wide, padded;
     Buffer<float> keys, queries, values, sums;
 
@@ -190,21 +242,15 @@ template <typename Number> struct ByVectors {
     }
 
     void multiply(const Number *const *rows, int many, int64_t, float *scores) {
+        const float *group[GROUP];
         for (int r = 0; r < many; r++)
-            for (int64_t d = 0; d < size; d++) queries[r * size + d] = number(rows[r][d]);
-        int64_t j = 0;
-        for (; j + LANES * COLUMNS <= wide; j += LANES * COLUMNS) block<COLUMNS>(j, scores);
-        if (j < wide) block<COLUMNS / 2>(j, scores);
-    }
-
-    template <int MANY> void block(int64_t j, float *scores) {
-        const float *column = keys + j, *group = queries;
-        floats sum[GROUP][MANY] = {};
-        for (int64_t d = 0; d < size; d++, column += wide)
-            for (int r = 0; r < GROUP; r++)
-                for (int c = 0; c < MANY; c++) sum[r][c] += group[r * size + d] * at(column + c * LANES);
-        for (int r = 0; r < GROUP; r++)
-            for (int c = 0; c < MANY; c++) put(scores + r * wide + j + c * LANES, sum[r][c]);
+            if constexpr (std::is_same_v<Number, float>)
+                group[r] = rows[r];
+            else {
+                group[r] = &queries[r * size];
+                for (int64_t d = 0; d < size; d++) queries[r * size + d] = number(rows[r][d]);
+            }
+        Vectors::multiply(group, many, size, keys, wide, scores);
     }
 
     void lay_out_values(const Number *value, int64_t apart, int64_t n) {
@@ -214,20 +260,7 @@ template <typename Number> struct ByVectors {
 
     // Rows of `sums`, of as many keys.
     void weigh(const float *const *rows, int many, int64_t n) {
-        const float *weights[TAKEN];
-        for (int r = 0; r < TAKEN; r++) weights[r] = rows[r < many ? r : 0];
-        for (int64_t d = 0; d < padded; d += 2 * LANES) {
-            floats sum[TAKEN][2] = {};
-            for (int64_t j = 0; j < n; j++) {
-                const floats low = at(&values[j * padded + d]), high = at(&values[j * padded + d + LANES]);
-                for (int r = 0; r < TAKEN; r++) {
-                    sum[r][0] += weights[r][j] * low;
-                    sum[r][1] += weights[r][j] * high;
-                }
-            }
-            for (int r = 0; r < TAKEN; r++)
-                for (int c = 0; c < 2; c++) put(&sums[r * padded + d + c * LANES], sum[r][c]);
-        }
+        Vectors::weigh(rows, many, n, values, padded, sums);
     }
 };
 
@@ -267,53 +300,14 @@ struct Pairs {
 };
 
 // The products of bf16 by vectors of pairs.
-struct ByPairs : Pairs {
-    static constexpr int GROUP = ROWS, TAKEN = LINES;
-
+struct ByPairs : Pairs, Vectors<Twos> {
     ByPairs(int64_t size, int64_t wide) : Pairs(size, wide, TAKEN) {}
 
-    static floats add(floats sum, int32_t pair, const bf16 *pairs) {
-        const __m512i one = _mm512_set1_epi32(pair), others = _mm512_loadu_si512(pairs);
-        return reinterpret_cast<floats>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(one),
-                                                         reinterpret_cast<__m512bh>(others)));
-    }
-    static int32_t pair(const bf16 *from) {
-        int32_t both;
-        std::memcpy(&both, from, 4);
-        return both;
-    }
-
     void multiply(const bf16 *const *rows, int many, int64_t, float *scores) {
-        const bf16 *group[GROUP];
-        for (int r = 0; r < GROUP; r++) group[r] = rows[r < many ? r : 0];
-        int64_t j = 0;
-        for (; j + LANES * COLUMNS <= wide; j += LANES * COLUMNS) block<COLUMNS>(group, j, scores);
-        if (j < wide) block<COLUMNS / 2>(group, j, scores);
+        Vectors::multiply(rows, many, size, keys, wide, scores);
     }
 
-    template <int MANY> void block(const bf16 *const *group, int64_t j, float *scores) {
-        floats sum[GROUP][MANY] = {};
-        for (int64_t d = 0; d < size; d += 2)
-            for (int r = 0; r < GROUP; r++)
-                for (int c = 0; c < MANY; c++)
-                    sum[r][c] = add(sum[r][c], pair(group[r] + d), &keys[d * wide + (j + c * LANES) * 2]);
-        for (int r = 0; r < GROUP; r++)
-            for (int c = 0; c < MANY; c++) put(scores + r * wide + j + c * LANES, sum[r][c]);
-    }
-
-    void weigh(const bf16 *const *rows, int many, int64_t n) {
-        const bf16 *weights[TAKEN];
-        for (int r = 0; r < TAKEN; r++) weights[r] = rows[r < many ? r : 0];
-        for (int64_t d = 0; d < padded; d += 2 * LANES) {
-            floats sum[TAKEN][2] = {};
-            for (int64_t j = 0; j < n; j += 2)
-                for (int r = 0; r < TAKEN; r++)
-                    for (int c = 0; c < 2; c++)
-                        sum[r][c] = add(sum[r][c], pair(weights[r] + j), &values[j * padded + (d + c * LANES) * 2]);
-            for (int r = 0; r < TAKEN; r++)
-                for (int c = 0; c < 2; c++) put(&sums[r * padded + d + c * LANES], sum[r][c]);
-        }
-    }
+    void weigh(const bf16 *const *rows, int many, int64_t n) { Vectors::weigh(rows, many, n, values, padded, sums); }
 };
 #endif
 
