@@ -27,6 +27,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Lengths = int | Sequence[int]
 MAX_BATCHES = 8
 """Batches that stand for a distribution of lengths, evenly spaced from the shortest to the longest."""
+FINER = 8
+"""Lengths of a calibration's configurations are of so many times the tokens of its batches."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of glibc's ``mallopt``."""
 
@@ -200,10 +202,11 @@ class _Passes:
 class LatencyModel:
     """Predicts the latency of any configuration from tables that were measured once.
 
-    A pass takes what lies outside of the layers, plus every layer's time. A layer that drops nothing takes a time that
-    depends on the rows that enter it; one that drops, on the rows that enter, the rows that leave, and their product
-    (attention). Each dependence is a table over numbers of rows, read with straight lines in between, for batches
-    with and without padding of their own; a dense pass, whose layers are the unadapted model's, has tables of its own.
+    A pass takes what lies outside of the layers, planning included, plus every layer's time. A layer that drops
+    nothing takes a time that depends on the rows that enter it; one that drops, on the rows that enter, the rows that
+    leave, and their product (attention). Each dependence is a table over numbers of rows, read with straight lines in
+    between, for batches with and without padding of their own; a dense pass, whose layers are the unadapted model's,
+    has tables of its own.
 
     Args:
         conditions: What it was calibrated under.
@@ -329,8 +332,9 @@ class LatencyModel:
         total = 0.0
         for batch in batches:
             for name, weights in self._features(batch, config):
-                if name in self.tables:
-                    total += float(np.dot(weights, self.tables[name]))
+                # Calibrated without padding, it has no tables of padded batches: the others come nearest.
+                table = self.tables.get(name) or self.tables.get(name.removesuffix(" padded"))
+                total += float(np.dot(weights, table)) if table else 0.0
         return total / len(batches)
 
     def to_dict(self) -> dict[str, Any]:
@@ -350,7 +354,8 @@ class LatencyModel:
         Raises:
             ValueError: Its tables are those of an earlier version.
         """
-        if not any(name.startswith("dense") for name in content["tables"]):
+        padded = any(name.endswith(" padded") for name in content["tables"])
+        if not {"dense", "outside padded" if padded else "dense"} <= set(content["tables"]):
             raise ValueError("this latency model was calibrated by an earlier version, fit it again")
         given = dict(content["conditions"])
         given["lengths"] = tuple(tuple(batch) for batch in given["lengths"])
@@ -362,7 +367,8 @@ class LatencyModel:
         """Which tables a pass reads, and with which weight at each knot."""
         widest = max(batch)
         padded = len(set(batch)) > 1
-        found = [("outside", self._at(widest))]
+        suffix = " padded" if padded else ""
+        found = [(f"outside{suffix}", self._at(widest))]
         if skipped:
             return found
         rows, before = widest, list(batch)
@@ -428,10 +434,14 @@ def _knots(longest: int) -> tuple[int, ...]:
 
 
 def _calibration(layers: int, longest: int, seed: int) -> list[LengthConfig]:
-    """Configurations that drop at once, late, bit by bit, and at random."""
+    """Configurations that drop at once, late, bit by bit, and at random.
+
+    They are finer than the batch, as a task's are: examples of nearly the same length then part on the way.
+    """
     if longest <= MIN_LENGTH:
         return []
     random = Random(seed)
+    longest *= FINER
     found = [LengthConfig.constant_ratio(ratio, layers, longest) for ratio in (0.05, 0.15, 0.3)]
     found.append(LengthConfig((max(1, longest * 3 // 4),) * layers, longest))
     found.append(LengthConfig((longest,) * (layers // 2) + ((longest + 1) // 2,) * (layers - layers // 2), longest))
