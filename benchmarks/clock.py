@@ -127,14 +127,19 @@ class Variant:
         model = getattr(self.model, "_orig_mod", self.model)
         at = model.at(self.config) if self.config is not None else contextlib.nullcontext()
         with at:
-            for one in range(-1 if passes > 1 else 0, passes):
-                if one <= 0:
-                    synchronize(model.device)
-                    start = latency.time.perf_counter()
-                for batch in inputs:
-                    self.model(**batch)
+            if passes > 1:
+                self.once(inputs)
+            synchronize(model.device)
+            start = latency.time.perf_counter()
+            for _ in range(passes):
+                self.once(inputs)
             synchronize(model.device)
             return (latency.time.perf_counter() - start) / passes
+
+    def once(self, inputs: list[dict[str, torch.Tensor]]) -> None:
+        """A pass over all batches."""
+        for batch in inputs:
+            self.model(**batch)
 
 
 def synchronize(device: torch.device) -> None:

@@ -354,20 +354,20 @@ class LatencyModel:
         Raises:
             ValueError: Its tables are those of an earlier version.
         """
-        padded = any(name.endswith(" padded") for name in content["tables"])
-        if not {"dense", "outside padded" if padded else "dense"} <= set(content["tables"]):
+        tables = content["tables"]
+        padded = any(name.endswith(" padded") for name in tables)
+        if "dense" not in tables or (padded and "outside padded" not in tables):
             raise ValueError("this latency model was calibrated by an earlier version, fit it again")
         given = dict(content["conditions"])
         given["lengths"] = tuple(tuple(batch) for batch in given["lengths"])
-        return cls(Conditions(**given), content["layers"], content["knots"], content["tables"], content["error"])
+        return cls(Conditions(**given), content["layers"], content["knots"], tables, content["error"])
 
     def _features(
         self, batch: Sequence[int], config: LengthConfig | None, skipped: bool = False
     ) -> list[tuple[str, Any]]:
         """Which tables a pass reads, and with which weight at each knot."""
         widest = max(batch)
-        padded = len(set(batch)) > 1
-        suffix = " padded" if padded else ""
+        suffix = " padded" if len(set(batch)) > 1 else ""
         found = [(f"outside{suffix}", self._at(widest))]
         if skipped:
             return found
@@ -376,7 +376,6 @@ class LatencyModel:
         keeps_all = "dense" if config is None else "whole"
         for layer in range(self.layers):
             after = [lengths[layer] for lengths in kept]
-            suffix = " padded" if padded else ""
             if after == before:
                 found.append((f"{keeps_all}{suffix}", self._at(rows)))
                 continue
@@ -385,7 +384,7 @@ class LatencyModel:
             found.append((f"leave{suffix}", self._at(leave)))
             # Context: a product of rows and columns, in units of one table that grows with the rows that enter.
             found.append(("pairs", self._at(rows) * (leave / rows)))
-            rows, before, padded = leave, after, len(set(after)) > 1
+            rows, before, suffix = leave, after, " padded" if len(set(after)) > 1 else ""
         return found
 
     def _at(self, rows: int) -> Any:
