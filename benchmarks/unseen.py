@@ -1,9 +1,10 @@
 """Do fronts hold on rows that neither training nor search saw? Looks at finished studies of any number of seeds.
 
-At each FLOPs ratio: the metric on the test split of the point that each way of choosing picks among all that the search
-evaluated, and of the constant ratio within the same cost; paired differences with 95 % intervals by bootstrap over the
-test examples of every seed. A way's price of selection is what its pick gains over the constant ratio where it was
-chosen, less what it gains on the test split.
+At each FLOPs ratio: the metric on unseen rows (the test split and, as the search has a split of its own, the
+validation split) of the point that each way of choosing picks among all that the search evaluated, and of the constant
+ratio within the same cost; paired differences with 95 % intervals by bootstrap over the unseen examples of every seed.
+A way's price of selection is what its pick gains over the constant ratio where it was chosen, less what it gains on
+unseen rows.
 
     python benchmarks/unseen.py studies/sst2-minilm.yaml --set output=runs/sst2-minilm --seeds 42,0,1
 """
@@ -30,8 +31,10 @@ from lat_optuna.search.racing import Racing
 from lat_optuna.search.study import load_study
 from lat_optuna.search.surrogate import Surrogate
 from lat_optuna.spec import StudySpec, load_spec
+from lat_optuna.tasks import Split
 
 RATIOS = (0.35, 0.45, 0.55, 0.65, 0.8)
+UNSEEN: tuple[Split, ...] = ("validation", "test")
 RESAMPLES = 4000
 RIDGE = 1e-2
 
@@ -73,14 +76,18 @@ class Seed:
             "retention": spec.search.retention,
             "racing": Racing(looks=()),
         }
-        self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in ("search", "test")}
+        if spec.task.search_rows is None or spec.task.test_rows is None:
+            raise SystemExit(f"{spec.name}: what is unseen needs task.search_rows and task.test_rows")
+        splits: tuple[Split, ...] = ("search", *UNSEEN)
+        self.evaluators = {split: ModelEvaluator(model, task, split, **kind) for split in splits}
         self.plan = make_plan(spec, self.evaluators["search"])
         points, max_length = self.front.evaluated, self.front.max_length
         self.values = {way: dict(zip(points, value(points, max_length), strict=True)) for way, value in WAYS.items()}
 
-    def scores(self, config: LengthConfig, split: str) -> np.ndarray:
+    def scores(self, config: LengthConfig, *splits: Split) -> np.ndarray:
         """The metric of every example."""
-        return self.evaluators[split].evaluate(config).by_example["metric"].astype(np.float64)
+        found = (self.evaluators[split].evaluate(config).by_example["metric"] for split in splits)
+        return np.concatenate(list(found)).astype(np.float64)
 
     def picks(self, ratio: float) -> dict[str, LengthConfig]:
         """What each way picks within a ratio, and the constant ratio."""
@@ -121,35 +128,34 @@ def main() -> None:
         trials.append(len(seed.front.evaluated))
         for ratio in RATIOS:
             for way, config in seed.picks(ratio).items():
-                for split in seed.evaluators:
-                    scores = seed.scores(config, split)
-                    found[ratio].setdefault(way, {}).setdefault(split, []).append(scores)
+                for rows_of, splits in (("search", ("search",)), ("unseen", UNSEEN)):
+                    found[ratio].setdefault(way, {}).setdefault(rows_of, []).append(seed.scores(config, *splits))
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
-    print(f"{spec.name}: seeds {numbers}, evaluated in full {trials}\n")
-    print("| ratio | way | test | - constant | price of selection |\n| ---: | --- | ---: | ---: | ---: |")
+    print(f"{spec.name} by {spec.search.metric}: seeds {numbers}, evaluated in full {trials}\n")
+    print("| ratio | way | unseen | - constant | price of selection |\n| ---: | --- | ---: | ---: | ---: |")
     for ratio, ways in found.items():
         for way, splits in ways.items():
-            test, constant = splits["test"], ways["constant"]["test"]
-            gains = [a - b for a, b in zip(test, constant, strict=True)]
+            unseen, constant = splits["unseen"], ways["constant"]["unseen"]
+            gains = [a - b for a, b in zip(unseen, constant, strict=True)]
             chosen = [a.mean() - b.mean() for a, b in zip(splits["search"], ways["constant"]["search"], strict=True)]
             gain = float(np.mean([own.mean() for own in gains]))
             row = {
                 "ratio": ratio,
                 "way": way,
-                "test": float(np.mean([own.mean() for own in test])),
+                "unseen": float(np.mean([own.mean() for own in unseen])),
                 "gain": [gain, *(interval(gains, rng) if way != "constant" else (0.0, 0.0))],
                 "price": float(np.mean(chosen)) - gain,
             }
             rows.append(row)
             shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["gain"])
-            print(f"| {ratio} | {way} | {row['test']:.2f} | {shown} | {row['price']:+.2f} |", flush=True)
+            print(f"| {ratio} | {way} | {row['unseen']:.2f} | {shown} | {row['price']:+.2f} |", flush=True)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        sizes = {split: len(found[RATIOS[-1]]["constant"][split][0]) for split in ("search", "test")}
+        sizes = {part: len(values[0]) for part, values in found[RATIOS[-1]]["constant"].items()}
         document = {"seeds": numbers, "trials": trials, "examples": sizes, "rows": rows}
-        write_json(arguments.output, {**known, spec.name: document})
+        write_json(arguments.output, {**known, f"{spec.name} by {spec.search.metric}": document})
 
 
 if __name__ == "__main__":

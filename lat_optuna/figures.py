@@ -215,13 +215,11 @@ def auc_figure(front: Front) -> go.Figure:
         hovertemplate="generation %{x}, %{customdata[0]} trials<br>area %{y:.3f} %<br>"
         "hypervolume %{customdata[1]}<extra></extra>",
     )
-    selected = front.search_metric or front.metric
-    metric = html.escape(selected if "probability" not in selected else "probability of the right answer")
     x_axis: dict[str, Any] = {"title": "generation (0: initial population)", "tickformat": "d"}
     if len(generations) <= 12:
         x_axis["dtick"] = 1
     title = f"Area under the front, {SEARCH_SPLIT}" if front.examples else "Area under the front"
-    return _laid_out(figure, title, x_axis, {"title": f"mean {metric} over budgets (%)"})
+    return _laid_out(figure, title, x_axis, {"title": f"mean {html.escape(front.selected_by)} over budgets (%)"})
 
 
 def lengths_figure(front: Front) -> go.Figure:

@@ -251,7 +251,7 @@ def _rows_note(front: Front, splits: Splits) -> str:
     if splits.apart:
         parts.append(f"Measured on the {counted(splits.searched_name, splits.searched)}, which the search chose on.")
         if front.search_metric is not None:
-            parts.append(f"It selected by the {front.search_metric} of the right answers, not by the {front.metric}.")
+            parts.append(f"It selected by the {front.selected_by}, not by the {front.metric}.")
     elif splits.searched:
         parts.append(f"Measured on the {counted(splits.searched_name, splits.searched)}.")
     error = splits.error(front.metric, front.points[-1].metric) if front.points else None
@@ -370,7 +370,7 @@ def _section(name: str, front: Front, splits: Splits) -> str:
     text = text.format(
         reported=counted(REPORTING_SPLIT, splits.reported),
         searched=splits.searched_name,
-        selected=html.escape(front.search_metric or front.metric),
+        selected=html.escape(front.selected_by),
     )
     return f'<section><h2>{heading}</h2><p>{text}</p><div class="plot" id="figure-{name}"></div></section>'
 

@@ -45,10 +45,10 @@ def make_spec(folder, *, search_rows: int | None = 30, **search) -> StudySpec:
 
 def measured(spec: StudySpec, split: str, config):
     model = adapt(pipeline.make_task(spec).build_model(str(spec.adaptive_folder)))
-    return ModelEvaluator(model, pipeline.make_task(spec), split).evaluate(config)
+    return ModelEvaluator(model, pipeline.make_task(spec), split, agreement=True).evaluate(config)
 
 
-@pytest.mark.parametrize("metric", ["metric", "probability"])
+@pytest.mark.parametrize("metric", ["metric", "probability", "agreement"])
 def test_the_front_is_chosen_on_one_split_and_reported_on_another(tmp_path, metric):
     spec = make_spec(tmp_path, metric=metric)
     assert spec.search_split == "search"

@@ -223,10 +223,13 @@ class ModelEvaluator:
             On a CPU the weights are part of it: changing them later changes nothing.
         racing: When a configuration is abandoned, and in which order examples are looked at then. Evaluations tell
             their scores example by example. Without effect on a task that cannot (see :class:`lat_optuna.tasks.Task`).
+        agreement: Evaluations tell, as the detail ``agreement``, how far predictions agree with the full model's, in
+            percent; see :func:`lat_optuna.tasks.data.overlap`. It asks for no right answers, and for one more pass over
+            the split.
 
     Raises:
         ValueError: An argument is not one of those named, padded cost is asked for relative retention, where it has
-            no meaning, or there is nothing that ``torch.compile`` could compile with.
+            no meaning, there is nothing that ``torch.compile`` could compile with, or the task cannot tell agreement.
     """
 
     def __init__(
@@ -241,6 +244,7 @@ class ModelEvaluator:
         precision: Precision = "fp32",
         racing: Racing | None = None,
         compiled: bool = False,
+        agreement: bool = False,
     ) -> None:
         import numpy as np
         import torch
@@ -289,7 +293,11 @@ class ModelEvaluator:
         self._examples = np.arange(len(self._lengths)) if examples is None else np.asarray(examples(split))
         self.num_examples = len(np.unique(self._examples))
         self.racing = racing if hasattr(task, "score_examples") else None
+        self._compare = getattr(task, "agreement", None) if agreement else None
+        if agreement and self._compare is None:
+            raise ValueError(f"the task {task.name} cannot tell how far predictions agree; set search.metric to metric")
         self._chunks: list[_Chunk] = []
+        self._full: list[np.ndarray] = []  # what the full model predicts, feature by feature
         self._costs: dict[LengthConfig | None, float] = {None: 1.0}
         self._known: dict[tuple[tuple[int, ...], ...], Evaluation] = {}
 
@@ -409,6 +417,8 @@ class ModelEvaluator:
 
         if not self._chunks:
             self._chunks = list(self._make_chunks())
+        if self._compare is not None and not self._full:
+            self._full = self._full_predictions()
         columns: dict[str, np.ndarray] = {}  # NaN where an example was not seen or has no such score
         seen = np.zeros(self.num_examples, dtype=bool)
         whole: dict[str, float] = {}
@@ -421,6 +431,10 @@ class ModelEvaluator:
             if log_probs is not None:
                 parts["log_prob"] = _mean_by(chunk.owners, log_probs)
                 parts["probability"] = 100.0 * _mean_by(chunk.owners, np.exp(log_probs))
+            if self._compare is not None:
+                full = [self._full[row] for row in chunk.features]
+                overlaps = self._compare(self.split, chunk.features, predictions, full)
+                parts["agreement"] = _mean_by(chunk.owners, overlaps)
             for name, values in parts.items():
                 columns.setdefault(name, np.full(self.num_examples, np.nan))[chunk.examples] = values
             seen[chunk.examples] = True
@@ -434,9 +448,16 @@ class ModelEvaluator:
         metric, details = self._means(columns, seen, whole)
         by_example = {}
         if self.racing is not None:
-            names = {"metric": self.metric_name, "probability": "probability"}
+            names = {"metric": self.metric_name, "probability": "probability", "agreement": "agreement"}
             by_example = {to: columns[name].astype(np.float32) for to, name in names.items() if name in columns}
         return Evaluation(metric, cost=1.0, seconds=0.0, details=details, by_example=by_example)
+
+    def _full_predictions(self) -> list[np.ndarray]:
+        full = LengthConfig.full(self.num_layers, self.max_length, self.retention)
+        found: dict[int, np.ndarray] = {}
+        for chunk in self._chunks:
+            found.update(zip(chunk.features.tolist(), self._forward(full, chunk)[0], strict=True))
+        return [found[row] for row in range(len(found))]
 
     def _means(
         self, columns: Mapping[str, np.ndarray], seen: np.ndarray, whole: Mapping[str, float]
@@ -447,7 +468,7 @@ class ModelEvaluator:
         means = dict(whole)
         for name, values in columns.items():
             values = values[seen]
-            if name in ("log_prob", "probability") and not np.isnan(values).all():
+            if name in ("log_prob", "probability", "agreement") and not np.isnan(values).all():
                 values = values[~np.isnan(values)]  # an example without a right answer just has no probability
             means[name] = float(values.mean())
         return means.pop(self.metric_name), means

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MetricAndCost: TypeAlias = tuple[float, float]
 """``(metric, cost)``: the metric in percent, up is better; FLOPs as a fraction of the dense model's, down is better."""
 
+SELECTED_BY = {"probability": "probability of the right answer", "agreement": "agreement with the full model"}
+"""What a search may select by instead of the metric, in words."""
+
 TOLERANCE = 1e-9
 """Costs are quotients: the smallest configuration may land this far below its own bound."""
 
@@ -352,6 +355,12 @@ class Front:
     def pairs(self) -> list[MetricAndCost]:
         """``(metric, cost)`` of the front's points."""
         return [(point.metric, point.cost) for point in self.points]
+
+    @property
+    def selected_by(self) -> str:
+        """What the search selected by, in words."""
+        name = self.search_metric or self.metric
+        return SELECTED_BY.get(name, name)
 
     @property
     def range_low(self) -> float:

@@ -53,7 +53,8 @@ class Task(Protocol):
 
     # A task whose metric is the mean over its examples may tell it of each, as ``score_examples``; see
     # :class:`lat_optuna.tasks.text_classification.Classification`. One whose examples may have several features tells
-    # whose feature is whose, as ``examples``. One that knows the right answers' probability has ``log_probs``.
+    # whose feature is whose, as ``examples``. One that knows the right answers' probability has ``log_probs``, and one
+    # whose predictions may be compared with others, feature by feature, ``agreement``.
 
     def fingerprint(self, split: Split) -> str:
         """Hash of the split's rows and of the preprocessing: equal where values may be compared."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from lat_optuna.tasks import Split
@@ -327,3 +328,19 @@ def fingerprint(features: datasets.Dataset, settings: Mapping[str, Any]) -> str:
             column = column.flatten()
         digest.update(column.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
     return digest.hexdigest()
+
+
+def overlap(logits: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """How far predicted distributions agree: ``100 sum_c min(p_c, q_c)``, which is 100 less their total variation.
+
+    Args:
+        logits: Distributions lie along the last axis: classes, or places of an answer.
+        others: As many others.
+
+    Returns:
+        Percent, in fp64; the shape of the leading axes.
+    """
+    import numpy as np
+
+    p, q = (np.exp(x - x.max(-1, keepdims=True)).astype(np.float64) for x in (logits, others))
+    return np.asarray(100.0 * np.minimum(p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)).sum(-1))

@@ -19,6 +19,7 @@ from lat_optuna.tasks.data import (
     load_model,
     load_tokenizer,
     need_columns,
+    overlap,
     read_rows,
     sample_rows,
     token_table,
@@ -202,6 +203,14 @@ class QuestionAnswering:
             ]
             scores[name] = np.array(values)
         return scores
+
+    def agreement(
+        self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray], full: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """How far starts and ends agree with the full model's; percent, one number a feature."""
+        import numpy as np
+
+        return np.array([overlap(mine, its).mean() for mine, its in zip(predictions, full, strict=True)])
 
     def examples(self, split: Split) -> np.ndarray:
         """The question, counted from 0, that each feature belongs to."""

@@ -14,6 +14,7 @@ from lat_optuna.tasks.data import (
     load_model,
     load_tokenizer,
     need_columns,
+    overlap,
     read_rows,
     sample_rows,
 )
@@ -141,6 +142,14 @@ class Classification:
         logits = np.stack(predictions)
         right = 100.0 * (logits.argmax(-1) == self._labels(split)[np.asarray(features)])
         return {"accuracy": np.where(np.isnan(logits).any(-1), np.nan, right)}
+
+    def agreement(
+        self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray], full: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """How far predictions agree with the full model's; percent, one number an example."""
+        import numpy as np
+
+        return overlap(np.stack(predictions), np.stack(full))
 
     def _labels(self, split: Split) -> np.ndarray:
         import numpy as np

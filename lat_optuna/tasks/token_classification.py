@@ -15,6 +15,7 @@ from lat_optuna.tasks.data import (
     load_model,
     load_tokenizer,
     need_columns,
+    overlap,
     read_rows,
     sample_rows,
     token_table,
@@ -141,6 +142,18 @@ class Tagging:
             found = [[names[tag] for tag in row] for row in tagged]
             scores = entity_scores(golds, found) | scores
         return dict.fromkeys(scores, float("nan")) if broken else scores
+
+    def agreement(
+        self, split: Split, features: Sequence[int], predictions: Sequence[np.ndarray], full: Sequence[np.ndarray]
+    ) -> np.ndarray:
+        """How far the tags of words agree with the full model's; percent, one number a feature, NaN without words."""
+        import numpy as np
+
+        values = []
+        for labels, mine, its in zip(self.features(split)[features]["labels"], predictions, full, strict=True):
+            tagged = np.asarray(labels) != NO_LABEL
+            values.append(overlap(mine[tagged], its[tagged]).mean() if tagged.any() else np.nan)
+        return np.array(values)
 
     def examples(self, split: Split) -> np.ndarray:
         """``[features]``: which row each feature is a part of."""

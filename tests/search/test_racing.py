@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import optuna
 import pytest
+import torch
 from tiny_text import questions, sentences, tiny_checkpoint, write_parquet
 
 from lat_optuna.length_config import LengthConfig
@@ -136,6 +137,40 @@ def test_a_race_that_is_run_to_its_end_gives_what_an_evaluation_gives(raced):
     outcome = ModelEvaluator(model, task, racing=Racing()).race(config, weak)
     assert isinstance(outcome, Evaluation)
     assert (outcome.metric, outcome.details, outcome.cost) == (whole.metric, whole.details, whole.cost)
+
+
+def test_agreement_with_the_full_model_is_told_example_by_example(raced):
+    task, model = raced
+    config = LengthConfig((12, 9, 6), task.max_length)
+    evaluator = ModelEvaluator(model, task, racing=Racing(), agreement=True)
+    found = evaluator.evaluate(config)
+    owners = [*range(120)] if isinstance(task, TextClassification) else task.examples("validation")
+    expected = [[] for _ in range(120)]
+    for owner, feature in zip(owners, task.features("validation"), strict=True):
+        names = ("input_ids", "token_type_ids")
+        inputs = {name: torch.tensor([feature[name]]) for name in names if name in feature}
+        distributions = []
+        for at in (None, config):
+            with torch.no_grad(), model.at(at):
+                outputs = model(**inputs)
+            logits = [outputs.logits] if "logits" in outputs else [outputs.start_logits, outputs.end_logits]
+            distributions.append(torch.cat(logits).softmax(-1))
+        expected[owner].append(100 * torch.minimum(*distributions).sum(-1).mean().item())
+    assert found.by_example["agreement"] == pytest.approx([np.mean(values) for values in expected], abs=1e-3)
+    assert found.score("agreement") == pytest.approx(np.mean(found.by_example["agreement"]), abs=1e-4)
+    full = LengthConfig.full(config.num_layers, task.max_length)
+    assert evaluator.evaluate(full).score("agreement") == pytest.approx(100, abs=1e-4)
+    outcome = evaluator.race(LengthConfig((11, 9, 6), task.max_length), Rival(0, "agreement", np.full(120, 100.0)))
+    assert isinstance(outcome, Abandoned)
+    with pytest.raises(ValueError, match="selects by 'agreement', but the task measures"):
+        ModelEvaluator(model, task).evaluate(config).score("agreement")
+
+
+def test_a_task_that_cannot_tell_agreement_is_named(raced, monkeypatch):
+    task, model = raced
+    monkeypatch.delattr(next(kind for kind in type(task).__mro__ if "agreement" in vars(kind)), "agreement")
+    with pytest.raises(ValueError, match="cannot tell how far predictions agree; set search"):
+        ModelEvaluator(model, task, agreement=True)
 
 
 def test_a_lost_race_is_abandoned_with_what_was_seen(raced):

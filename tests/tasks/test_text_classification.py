@@ -205,6 +205,14 @@ def test_accuracy_and_log_probabilities(tokenizer, folder):
     assert [row.tolist() for row in task.predictions(outputs, batch)] == logits.tolist()
 
 
+def test_agreement_is_what_two_distributions_share(tokenizer, folder):
+    task = TextClassification(tokenizer, folder)
+    ours, full = np.log([[0.7, 0.3], [0.5, 0.5], [0.1, 0.9]]), np.log([[0.2, 0.8], [0.5, 0.5], [0.1, 0.9]]) + 1e3
+    assert task.agreement("validation", range(3), [*ours], [*full]) == pytest.approx([50, 100, 100])
+    assert task.agreement("validation", [0], [np.array([1e4, 0.0])], [np.array([0.0, 1e4])]) == pytest.approx([0])
+    assert np.isnan(task.agreement("validation", [0], [np.array([np.nan, 0.0])], [np.zeros(2)])).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -159,6 +159,14 @@ def test_log_probs_and_predictions_of_a_real_model(tmp_path):
         log_probs = torch.from_numpy(logits).log_softmax(-1).numpy()
         expected = np.mean([log_probs[token, label] for token, label in enumerate(labels) if label != NO_LABEL])
         assert task.log_probs(outputs, batch)[row].item() == pytest.approx(expected, abs=1e-5)
+    # What is said of tokens without a label is of no consequence; of one word in the third row, something else.
+    others = [logits.copy() for logits in predictions]
+    others[1][np.asarray(task.features("validation")[1]["labels"]) == NO_LABEL] = 7 * np.eye(5)[2]
+    words = np.flatnonzero(np.asarray(task.features("validation")[2]["labels"]) != NO_LABEL)
+    others[2][words[0]] = [50, 0, 0, 0, 0]
+    agreement = task.agreement("validation", np.arange(3), others, predictions)
+    same = torch.from_numpy(predictions[2][words[0]]).softmax(-1)[0].item()
+    assert agreement == pytest.approx([100, 100, 100 * (len(words) - 1 + same) / len(words)], abs=1e-3)
 
 
 def test_the_fingerprint_tells_tags_apart(tmp_path):
