@@ -4,7 +4,7 @@ For each order of the examples the trials of each search come again in their ord
 races the best point of the front that costs no more, and is abandoned or measured in full. What was abandoned is then
 looked up in full: it is lost if it would have joined the front.
 
-    python benchmarks/racing.py runs/landscapes/sst2.ours ... --output benchmarks/results/racing.json
+    python benchmarks/racing.py runs/landscapes/sst2.probability ... --output benchmarks/results/racing.json
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from searches import Landscape
+from searches import SCORES, Landscape
 
 from lat_optuna.files import write_json
 from lat_optuna.search.racing import LOOKS, Racing, Rival
@@ -111,7 +111,7 @@ def main() -> None:
         split = next(iter(stored.values()))["split"]
         landscape = Landscape(Path(f"{base}.{split}.npz"))
         runs = [run["trials"] for run in stored.values()]
-        for score in ("metric", "probability"):
+        for score in SCORES:
             for variant in arguments.variants:
                 looks, neighbours = VARIANTS[variant]
                 total: dict[str, float] = {}

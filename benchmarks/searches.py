@@ -1,11 +1,11 @@
 """Searches of a trained model whose every evaluation is kept, example by example: what other benchmarks replay.
 
-Runs the paper's evolutionary search several times, selecting by the mean probability of the right answer on the search
-split (``ours``) or by the task's metric on the validation split (``paper``). Configurations that several runs meet are
-measured once. Then the points that each front offers at some budgets, and constant ratios, are measured on the test
-split. Long, resumable; other benchmarks read what is there.
+Runs the paper's evolutionary search several times, selecting on the search split by the task's metric, by the mean
+probability of the right answer or by agreement with the full model, or by the metric on the validation split
+(``paper``). Configurations that several runs meet are measured once. Then the points that each front offers at some
+budgets, and constant ratios, are measured on the test split. Long, resumable; other benchmarks read what is there.
 
-    python benchmarks/searches.py studies/sst2-minilm.yaml ours --set output=runs/sst2-minilm
+    python benchmarks/searches.py studies/sst2-minilm.yaml probability --set output=runs/sst2-minilm
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from lat_optuna.search.racing import Racing
 from lat_optuna.spec import load_spec
 
 RATIOS = (0.35, 0.45, 0.55, 0.65, 0.8)
-WAYS = {"ours": ("search", "probability"), "metric": ("search", "metric"), "paper": ("validation", "metric")}
+SCORES = ("metric", "probability", "agreement")
+WAYS = {**{score: ("search", score) for score in SCORES}, "paper": ("validation", "metric")}
 """Way of selecting -> split and score."""
 
 
@@ -38,7 +39,7 @@ class Landscape:
     """Scores of configurations, example by example, on one split; kept in a file.
 
     Args:
-        path: ``NAME.WAY.SPLIT.npz`` with ``lengths [C, L]``, ``cost [C]``, ``metric [C, N]``, ``probability [C, N]``.
+        path: ``NAME.WAY.SPLIT.npz`` with ``lengths [C, L]``, ``cost [C]`` and, each ``[C, N]``, the :data:`SCORES`.
         evaluator: Measures what is not there yet; ``None`` to only read.
     """
 
@@ -49,7 +50,7 @@ class Landscape:
         self.scores: dict[tuple[int, ...], dict[str, np.ndarray]] = {}
         if path.exists():
             with np.load(path) as stored:
-                parts = {name: stored[name] for name in ("metric", "probability")}
+                parts = {name: stored[name] for name in SCORES}
                 for row, (lengths, cost) in enumerate(zip(stored["lengths"].tolist(), stored["cost"], strict=True)):
                     self.costs[tuple(lengths)] = float(cost)
                     self.scores[tuple(lengths)] = {name: values[row] for name, values in parts.items()}
@@ -68,9 +69,7 @@ class Landscape:
     def save(self) -> None:
         """Write the file, atomically."""
         names = list(self.scores)
-        columns: dict[str, Any] = {
-            part: np.stack([self.scores[lengths][part] for lengths in names]) for part in ("metric", "probability")
-        }
+        columns: dict[str, Any] = {part: np.stack([self.scores[lengths][part] for lengths in names]) for part in SCORES}
         temporary = self.path.with_suffix(".tmp.npz")
         np.savez_compressed(
             temporary, lengths=np.array(names), cost=np.array([self.costs[n] for n in names]), **columns
@@ -128,7 +127,7 @@ def main() -> None:
     splits = {
         split: Landscape(
             Path(f"{base}.{split}.npz"),
-            ModelEvaluator(model, task, split, precision="bf16", tokens_per_batch=2048, racing=Racing()),
+            ModelEvaluator(model, task, split, precision="bf16", racing=Racing(), agreement=True),
         )
         for split in ("search", "validation", "test")
     }

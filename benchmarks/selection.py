@@ -1,21 +1,22 @@
 """By what should a search select? Configurations that were measured in full, selected on one half of the examples.
 
 The examples are parted at random into two halves. At each FLOPs ratio the best configuration on one half is picked, by
-the metric or by the mean probability of the right answer, and looked at on the other; so is the constant ratio. Means
-over many partitions; intervals by bootstrap over examples, each resample parted anew.
+the metric, by the mean probability of the right answer or by agreement with the full model, and looked at on the other;
+so is the constant ratio. Means over many partitions; intervals by bootstrap over examples, each resample parted anew.
 
-    python benchmarks/selection.py runs/landscapes/sst2.ours --output benchmarks/results/selection.json
+    python benchmarks/selection.py runs/landscapes/sst2.probability --output benchmarks/results/selection.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from searches import RATIOS, Landscape
+from searches import RATIOS, SCORES, Landscape
 
 from lat_optuna.files import write_json
 
@@ -24,33 +25,27 @@ RESAMPLES = 400
 
 
 def gains(
-    metric: np.ndarray,
-    probability: np.ndarray,
-    cost: np.ndarray,
-    flat: np.ndarray,
-    rng: np.random.Generator,
-    ratio: float,
+    scores: Mapping[str, np.ndarray], cost: np.ndarray, flat: np.ndarray, rng: np.random.Generator, ratio: float
 ) -> dict[str, float]:
     """Picks on one half, values on the other, of resampled halves that share no example.
 
     Args:
-        metric: ``[configurations, examples]``.
-        probability: Likewise.
+        scores: Name -> ``[configurations, examples]``.
         cost: Of each configuration.
         flat: Which of them are constant ratios.
         rng: Draws halves and samples.
         ratio: The budget.
     """
+    metric = scores["metric"]
     examples = rng.permutation(metric.shape[1])
     here, there = (rng.choice(half, len(half)) for half in np.array_split(examples, 2))
     fitting = np.flatnonzero(cost <= ratio)
     constant = max((one for one in fitting if flat[one]), key=lambda one: cost[one])
     result = {"constant": float(metric[constant, there].mean())}
-    for name, scores in (("by metric", metric), ("by probability", probability)):
-        best = fitting[np.lexsort((cost[fitting], -scores[fitting][:, here].mean(1)))[0]]
-        result[name] = float(metric[best, there].mean())
-        gain_here = metric[best, here].mean() - metric[constant, here].mean()
-        result[f"price {name}"] = float(gain_here - (result[name] - result["constant"]))
+    for name, values in scores.items():
+        best = fitting[np.lexsort((cost[fitting], -values[fitting][:, here].mean(1)))[0]]
+        result[name] = float(metric[best, there].mean() - result["constant"])
+        result[f"price by {name}"] = float(metric[best, here].mean() - metric[constant, here].mean() - result[name])
     return result
 
 
@@ -62,19 +57,16 @@ def main() -> None:
     arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
-    print(
-        "| landscape | pool | half | ratio | constant | by metric | by probability | probability - metric | "
-        "probability - constant | price by metric | price by probability |\n" + "| --- " + "| ---: " * 10 + "|"
-    )
+    print("| landscape | pool | half | ratio | constant | by | - constant | price of selection |")
+    print("| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: |")
     for base in arguments.bases:
         stored = json.loads(Path(f"{base}.json").read_text())
         landscape = Landscape(Path(f"{base}.{next(iter(stored.values()))['split']}.npz"))
         pool = list(landscape.scores)
         cost = np.array([landscape.costs[lengths] for lengths in pool])
-        metric, probability = (
-            np.stack([landscape.scores[lengths][name] for lengths in pool]).astype(np.float64)
-            for name in ("metric", "probability")
-        )
+        scores = {
+            name: np.stack([landscape.scores[lengths][name] for lengths in pool]).astype(np.float64) for name in SCORES
+        }
         first = {tuple(trial["lengths"]) for trial in next(iter(stored.values()))["trials"][:22]}
         flat = np.array([lengths in first for lengths in pool])
         for ratio in RATIOS:
@@ -82,26 +74,21 @@ def main() -> None:
                 continue
             draws = []
             for _ in range(RESAMPLES):
-                parts = [gains(metric, probability, cost, flat, rng, ratio) for _ in range(PARTITIONS)]
+                parts = [gains(scores, cost, flat, rng, ratio) for _ in range(PARTITIONS)]
                 draws.append({name: float(np.mean([part[name] for part in parts])) for name in parts[0]})
             table = {name: np.array([draw[name] for draw in draws]) for name in draws[0]}
-            row: dict[str, Any] = {"landscape": Path(base).name, "pool": len(pool), "half": metric.shape[1] // 2}
-            row |= {"ratio": ratio, **{name: float(values.mean()) for name, values in table.items()}}
-            cells = []
-            for other in ("by metric", "constant"):
-                difference = table["by probability"] - table[other]
-                row[f"by probability - {other}"] = [
-                    float(difference.mean()),
-                    *map(float, np.percentile(difference, [2.5, 97.5])),
-                ]
-                cells.append("{:+.2f} [{:+.2f}, {:+.2f}]".format(*row[f"by probability - {other}"]))
-            rows.append(row)
-            print(
-                f"| {row['landscape']} | {row['pool']} | {row['half']} | {ratio} | {row['constant']:.2f} | "
-                f"{row['by metric']:.2f} | {row['by probability']:.2f} | {cells[0]} | {cells[1]} | "
-                f"{row['price by metric']:+.2f} | {row['price by probability']:+.2f} |",
-                flush=True,
-            )
+            here = {"landscape": Path(base).name, "pool": len(pool), "half": scores["metric"].shape[1] // 2}
+            for name in SCORES:
+                low, high = map(float, np.percentile(table[name], [2.5, 97.5]))
+                row = {**here, "ratio": ratio, "constant": float(table["constant"].mean()), "by": name}
+                row |= {"gain": [float(table[name].mean()), low, high]}
+                row |= {"price": float(table[f"price by {name}"].mean())}
+                rows.append(row)
+                print(
+                    f"| {row['landscape']} | {row['pool']} | {row['half']} | {ratio} | {row['constant']:.2f} "
+                    f"| {name} | {row['gain'][0]:+.2f} [{low:+.2f}, {high:+.2f}] | {row['price']:+.2f} |",
+                    flush=True,
+                )
     if arguments.output:
         write_json(arguments.output, rows)
 
