@@ -33,7 +33,8 @@ class Measured:
 
     def __init__(self, spec: StudySpec, examples: int, memo: Path) -> None:
         self.name, self.p = spec.name, spec.training.p
-        ev: ModelEvaluator = MakeEvaluator(spec)(default_device())
+        search = spec.search.model_copy(update={"metric": "agreement"})  # so that everything is measured
+        ev: ModelEvaluator = MakeEvaluator(spec.model_copy(update={"search": search}))(default_device())
         first = int(np.searchsorted(ev._examples, examples))  # features are in the order of their examples
         ev._features = ev._features.select(range(first))
         ev._examples, ev._lengths = ev._examples[:first], ev._lengths[:first]
@@ -57,7 +58,7 @@ class Measured:
         return self._ev.cost(config)
 
     def value(self, config: LengthConfig, metric: str = "metric") -> float:
-        """``"metric"`` (the task's) or ``"probability"``, in percent."""
+        """``"metric"`` (the task's), ``"probability"`` or ``"agreement"``, in percent."""
         return float(self.row(config)[metric])
 
     def row(self, config: LengthConfig) -> dict[str, Any]:
@@ -84,6 +85,7 @@ class Measured:
         return {
             "metric": found.metric,
             "probability": found.details["probability"],
+            "agreement": found.details["agreement"],
             "seconds": round(time.perf_counter() - start, 3),
             "scores": [round(float(score), 2) for score in found.by_example["metric"]],
             "log_probs": [round(float(value), 4) for value in np.log(np.maximum(probability, 1e-4) / 100)],
@@ -149,7 +151,9 @@ class Emulated:
         return round(float((_products(np.array([config.lengths]) / self.max_length) @ self._flops)[0]), 6)
 
     def value(self, config: LengthConfig, metric: str = "metric") -> float:
-        """As :meth:`Measured.value`."""
+        """As :meth:`Measured.value`; agreement is not emulated."""
+        if metric == "agreement":
+            raise ValueError("an emulated landscape knows the right answers alone: select by metric or probability")
         if config.lengths not in self._known:
             x = np.array([config.lengths]) / self.max_length
             odds = (_trend(x) @ self._trend + self._kernel(x, self._x) @ self._weights)[0]

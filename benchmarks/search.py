@@ -277,7 +277,7 @@ def main() -> None:
     runs.add_argument("study")
     runs.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     runs.add_argument("--examples", type=int, default=500)
-    runs.add_argument("--metric", choices=("metric", "probability"), default="metric")
+    runs.add_argument("--metric", choices=("metric", "probability", "agreement"), default="metric")
     runs.add_argument("--memo", type=Path, default=Path("runs/landscapes"))
     runs.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     runs.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))

@@ -162,9 +162,9 @@ class SearchSpec(_Section):
             have something to do.
         num_crossovers: Further slots of a generation: 0, or the paper's 30.
         mutation_prob: Chance of a layer to mutate: 0.3, or the paper's 0.5.
-        metric: What the search selects by, on the search split: ``metric``, the task's own that people see;
-            ``probability``, the mean probability of the right answers, which is smoother; or ``agreement``, the overlap
-            of what is predicted with what the full model predicts, which asks for no right answers.
+        metric: What the search selects by, on the search split: ``agreement``, how far predicted distributions overlap
+            with those of the full model, which on few rows selects the least noise and asks for no right answers;
+            ``probability``, the mean probability of the right answers; or ``metric``, the task's own that people see.
         racing: Abandon configurations that cannot join the front before they have seen all examples, at a chance of at
             most 1 % of losing one that could; see :class:`lat_optuna.search.racing.Racing`. Not with Optuna's samplers.
         stop_epsilon: End before ``n_trials`` when the area under the front has not grown by more than this ...
@@ -183,7 +183,7 @@ class SearchSpec(_Section):
     num_mutations: int = Field(default=30, ge=1)
     num_crossovers: int = Field(default=30, ge=0)
     mutation_prob: float = Field(default=0.5, gt=0, le=1)
-    metric: Literal["metric", "probability", "agreement"] = "probability"
+    metric: Literal["metric", "probability", "agreement"] = "agreement"
     racing: bool = True
     stop_epsilon: float | None = Field(default=None, ge=0)
     stop_generations: int = Field(default=15, ge=1)
