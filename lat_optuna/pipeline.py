@@ -359,7 +359,7 @@ class MakeEvaluator:
         if not folder.is_dir():
             raise SpecError(f"{folder} does not exist; train first: lat-optuna train STUDY")
         search, task = self.spec.search, make_task(self.spec)
-        searched_by = not self.standard and self.split is None
+        searching = not self.standard and self.split is None
         return ModelEvaluator(
             adapt(task.build_model(str(folder))) if self.standard else load(folder),
             task,
@@ -367,10 +367,10 @@ class MakeEvaluator:
             device=device,
             precision=search.precision,
             compiled=search.compiled,
-            racing=Racing() if self.spec.races and searched_by else None,
+            racing=Racing() if self.spec.races and searching else None,
             protocol="real" if search.retention == "relative" else "padded",
             retention=search.retention,
-            agreement=search.metric == "agreement" and searched_by,
+            agreement=search.metric == "agreement" and searching,
         )
 
 
