@@ -85,9 +85,10 @@ class Seed:
         self.values = {way: dict(zip(points, value(points, max_length), strict=True)) for way, value in WAYS.items()}
 
     def scores(self, config: LengthConfig, *splits: Split) -> np.ndarray:
-        """The metric of every example."""
-        found = (self.evaluators[split].evaluate(config).by_example["metric"] for split in splits)
-        return np.concatenate(list(found)).astype(np.float64)
+        """The metric of every example, or of the whole splits where it is no mean over examples."""
+        found = [self.evaluators[split].evaluate(config) for split in splits]
+        values = [np.atleast_1d(one.by_example.get("metric", one.metric)) for one in found]
+        return np.concatenate(values).astype(np.float64)
 
     def picks(self, ratio: float) -> dict[str, LengthConfig]:
         """What each way picks within a ratio, and the constant ratio."""
@@ -101,8 +102,13 @@ class Seed:
         return picked
 
 
-def interval(differences: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[float, float]:
-    """95 % interval of the mean over seeds of the mean over examples; each seed's examples are resampled."""
+def interval(differences: Sequence[np.ndarray], rng: np.random.Generator) -> tuple[float, ...]:
+    """95 % interval of the mean over seeds of the mean over examples; each seed's examples are resampled.
+
+    Empty where there are no examples but whole splits.
+    """
+    if min(map(len, differences)) <= len(UNSEEN):
+        return ()
     means = [
         np.mean([own[rng.integers(0, len(own), len(own))].mean() for own in differences]) for _ in range(RESAMPLES)
     ]
@@ -148,12 +154,13 @@ def main() -> None:
                 "price": float(np.mean(chosen)) - gain,
             }
             rows.append(row)
-            shown = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["gain"])
+            shown = f"{gain:+.2f}" + (" [{:+.2f}, {:+.2f}]".format(*row["gain"][1:]) if row["gain"][1:] else "")
             print(f"| {ratio} | {way} | {row['unseen']:.2f} | {shown} | {row['price']:+.2f} |", flush=True)
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         known = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
-        sizes = {part: len(values[0]) for part, values in found[RATIOS[-1]]["constant"].items()}
+        counts = {split: evaluator.num_examples for split, evaluator in seed.evaluators.items()}
+        sizes = {"search": counts["search"], "unseen": sum(counts[split] for split in UNSEEN)}
         document = {"seeds": numbers, "trials": trials, "examples": sizes, "rows": rows}
         write_json(arguments.output, {**known, f"{spec.name} by {spec.search.metric}": document})
 
