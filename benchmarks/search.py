@@ -24,6 +24,7 @@ from typing import Any
 
 import optuna
 from landscapes import Emulated, Measured
+from searches import SCORES
 from transformers import BertConfig
 
 from lat_optuna.flops import Architecture
@@ -277,7 +278,7 @@ def main() -> None:
     runs.add_argument("study")
     runs.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     runs.add_argument("--examples", type=int, default=500)
-    runs.add_argument("--metric", choices=("metric", "probability", "agreement"), default="metric")
+    runs.add_argument("--metric", choices=SCORES, default="metric")
     runs.add_argument("--memo", type=Path, default=Path("runs/landscapes"))
     runs.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=SAMPLERS)
     runs.add_argument("--seeds", type=int, nargs="+", default=list(range(5)))

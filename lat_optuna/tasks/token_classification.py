@@ -150,7 +150,7 @@ class Tagging:
         import numpy as np
 
         values = []
-        for labels, mine, its in zip(self.features(split)[features]["labels"], predictions, full, strict=True):
+        for labels, mine, its in zip(self.features(split)["labels"][features], predictions, full, strict=True):
             tagged = np.asarray(labels) != NO_LABEL
             values.append(overlap(mine[tagged], its[tagged]).mean() if tagged.any() else np.nan)
         return np.array(values)
